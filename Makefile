@@ -1,0 +1,42 @@
+# `make` lists the targets; scripts/ holds what they do. PYTHON=… chooses the interpreter that makes .venv.
+.DEFAULT_GOAL := help
+.PHONY: help lab test export clean run bench full seeds hooks check env
+export PYTHON
+env := sh scripts/env.sh
+py := .venv/bin/python
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+
+lab: ## open the first lesson in JupyterLab (ARGS="--no-browser --port 9999" are passed on)
+	@$(env) && exec $(py) scripts/lab.py $(ARGS)
+
+test: ## run every check: notebooks, pytest, types, lint, committed files
+	@$(env) && $(py) scripts/test.py
+
+export: ## write dlfound/ from the notebooks
+	@$(env) && .venv/bin/nbdev-export
+
+clean: ## strip notebooks of the metadata that Jupyter adds
+	@$(env) && .venv/bin/nbdev-clean
+
+check: ## lint the working tree (make test lints what is committed)
+	@$(env) && $(py) scripts/check.py .
+
+run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01"; FLAGS="slow" runs slow cells too)
+	@$(env) && $(py) scripts/run.py --flags "$(FLAGS)" $(NB)
+
+full: ## run all notebooks, slow cells too, and save their outputs
+	@$(env) && $(py) scripts/run.py --flags slow all
+
+seeds: ## run a notebook's checks under two other seeds, saving nothing: make seeds NB=00
+	@$(env) && $(py) scripts/run.py --seeds 2 $(NB)
+
+bench: ## measure against peers; results go to benchmarks/results (NAME=matmul runs one)
+	@$(env) && for f in benchmarks/$(or $(NAME),[a-z]*).py; do case $$f in */common.py) ;; *) echo "== $$f"; $(py) $$f || exit 1;; esac; done
+
+hooks: ## teach git to merge and diff notebooks by cell, in this clone only
+	@$(env) && sh scripts/hooks.sh
+
+env: ## make .venv, which the other targets do when they need it
+	@$(env)

@@ -1,0 +1,147 @@
+"""Run notebooks from top to bottom and save their outputs, cleaned; or run them under other seeds and save nothing.
+
+A notebook that fails, or that ran on stand-in data, is left as it was.
+"""
+import argparse
+import ast
+import base64
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from fastcore.nbio import dict2nb, write_nb
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.clean import clean_nb
+from nbdev.test import nb_test_cells
+
+from common import environment, hashes, key, manifest, notebooks, read, root, save_manifest, skip_flags
+
+stood_in = '''
+import sys
+_data = sys.modules.get('dlfound.data')
+if _data: print(*(name for name, (path, how) in _data._taken.items() if how == 'stand-in' and path.is_relative_to(_data.data_home())))
+'''
+seeders = {'manual_seed', 'seed', 'default_rng', 'RandomState', 'Random'}
+
+
+class Reseed(ast.NodeTransformer):
+    "Add an offset to every seed: `manual_seed(n)`, `seed(n)`, `default_rng(n)`, and any argument `seed=n`"
+    def __init__(self, offset: int): self.offset, self.n = offset, 0
+
+    def shift(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Constant) and node.value is None: return node
+        self.n += 1
+        return ast.BinOp(node, ast.Add(), ast.Constant(self.offset))
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, 'id', '')
+        if name in seeders and node.args: node.args[0] = self.shift(node.args[0])
+        for k in node.keywords:
+            if k.arg == 'seed': k.value = self.shift(k.value)
+        return node
+
+
+def reseed(code: str, offset: int) -> tuple[str, int]:
+    "`code` with its seeds shifted by `offset`, and how many there were; directives at the top are kept"
+    directives = [line for line in code.splitlines() if re.match(r'\s*#\s*\|', line)]
+    change = Reseed(offset)
+    tree = change.visit(ast.parse(TransformerManager().transform_cell(code)))
+    if not change.n: return code, 0
+    return '\n'.join([*directives, ast.unparse(ast.fix_missing_locations(tree)) + (';' if code.rstrip().endswith(';') else '')]), change.n
+
+
+def find(wanted: list[str]) -> list[Path]:
+    "Notebooks by number, name or path"
+    every = notebooks()
+    if not wanted: sys.exit('say which notebooks: make run NB=00, or NB="00 01", or NB=all')
+    if wanted == ['all']: return every
+    found = []
+    for w in wanted:
+        stem = w.removesuffix('.ipynb').removeprefix('nbs/')
+        hits = [p for p in every if stem in (key(p).removesuffix('.ipynb'), p.stem, p.stem.split('_')[0])]
+        if not hits: sys.exit(f'no notebook is called {w!r}; there are: ' + ', '.join(key(p).removesuffix('.ipynb') for p in every))
+        found += hits
+    return found
+
+
+def execute(path: Path, flags: list[str], offset: int = 0) -> tuple[dict, list[str], float, int]:
+    "The executed notebook, the ids of the cells that ran, the seconds it took, the number of seeds shifted"
+    ran = [c.id for c in nb_test_cells(path, list(skip_flags), flags) if c.cell_type == 'code']
+    nb = nbformat.read(path, as_version=4)
+    seeds = 0
+    for c in nb.cells:
+        if c.cell_type != 'code': continue
+        if c.id not in ran: c.metadata['tags'] = ['skip-execution']
+        elif offset:
+            c.source, n = reseed(c.source, offset)
+            seeds += n
+    client = NotebookClient(nb, timeout=7200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    start = time.time()
+    with client.setup_kernel(env=environment()):
+        for i, c in enumerate(nb.cells): client.execute_cell(c, i)
+        seconds = time.time() - start
+        probe = nbformat.v4.new_code_cell(stood_in)
+        nb.cells.append(probe)
+        client.execute_cell(probe, len(nb.cells) - 1)
+        nb.cells.pop()
+    names = ''.join(o.get('text', '') for o in probe.outputs).split()
+    if names and not offset: raise StandIn(names)
+    return nb, ran, seconds, seeds
+
+
+class StandIn(Exception): pass
+
+
+def save(path: Path, nb: dict, ran: list[str], seconds: float) -> None:
+    "Write the cleaned notebook, its labelled figures and its line in the manifest"
+    clean_nb(nb)
+    write_nb(dict2nb(nb), path)
+    record, now, before = manifest(), hashes(read(path)), manifest().get(key(path), {}).get('cells', {})
+    record[key(path)] = dict(seconds=round(seconds), cells={i: h if i in ran else before.get(i, h if not has_outputs(path, i) else '') for i, h in now.items()})
+    record = {k: v for k, v in record.items() if (root / 'nbs' / k).exists()}
+    save_manifest(record)
+    for c in nb['cells']:
+        label = re.search(r'^#\|\s*label:\s*(fig-[\w-]+)', c['source'], re.M)
+        for o in c.get('outputs', []) if label else ():
+            if png := o.get('data', {}).get('image/png'):
+                (root / 'nbs/images').mkdir(exist_ok=True)
+                (root / f'nbs/images/{label[1]}.png').write_bytes(base64.b64decode(png))
+
+
+def has_outputs(path: Path, cell_id: str) -> bool:
+    return any(c.get('outputs') for c in read(path)['cells'] if c.get('id') == cell_id)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--flags', default='', help='flags whose cells run too: "slow cuda"')
+    p.add_argument('--seeds', type=int, default=0, help='run under this many other seeds, save nothing')
+    p.add_argument('notebooks', nargs='*')
+    a = p.parse_args()
+    if os.environ.get('DLFOUND_STANDIN', '0') not in ('', '0') and not a.seeds:
+        sys.exit('DLFOUND_STANDIN is set, and saved outputs come from real data only: unset it (make seeds and make test work with it)')
+    failed = 0
+    for path in find(a.notebooks):
+        for offset in [1000 * (i + 1) for i in range(a.seeds)] or [0]:
+            what = f'{key(path)}' + (f', seeds + {offset}' if offset else '')
+            try: nb, ran, seconds, seeds = execute(path, a.flags.split(), offset)
+            except CellExecutionError as e:
+                failed += 1
+                print(f'FAILED  {what}; nothing saved\n{e}', file=sys.stderr)
+            except StandIn as e:
+                failed += 1
+                print(f'REFUSED {what}: it ran on the stand-in for {", ".join(e.args[0])}; saved outputs come from real data only: '
+                      'set DLFOUND_MIRROR to a folder that has the archives, or connect to the network. Nothing saved', file=sys.stderr)
+            else:
+                if not offset: save(path, nb, ran, seconds)
+                print(f'{"passed" if offset else "saved"}  {what}: {seconds:.0f} s' + (f', {seeds} seeds shifted' if offset else ''))
+    return min(failed, 1)
+
+
+if __name__ == '__main__': sys.exit(main())
