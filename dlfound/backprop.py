@@ -13,36 +13,40 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 from typing import Any
 
-# %% ../nbs/01_backprop.ipynb #706767e9
+# %% ../nbs/01_backprop.ipynb #1bee76ff
 def normalize(
     x: Tensor, # Data, any shape
     mean: Tensor | float, # Of the *training* data, in units of `x`, broadcastable to it
     std: Tensor | float, # Of the training data too, in units of `x`
 ) -> Tensor: # `x` in standard deviations from the mean
     "`(x - mean) / std`; ValueError where `std` is not positive, as it is for a pixel that never changes"
-    if not (torch.as_tensor(std) > 0).all(): raise ValueError('normalize needs std > 0, got 0 or less; leave constant features out, or give them std 1')
+    if not (torch.as_tensor(std) > 0).all():
+        raise ValueError('normalize needs std > 0, got 0 or less; leave constant features out or give them std 1')
     return (x - mean) / std
 
-# %% ../nbs/01_backprop.ipynb #2fea495f
+# %% ../nbs/01_backprop.ipynb #74d46bab
 @torch.no_grad()
 def grad_check(
-    f: Callable[..., Any], # Scalar function of `inputs`; it may also read them where they live, as a layer reads its weights
+    f: Callable[..., Any], # Scalar function of `inputs`; it may also read them where they live, as a layer does
     inputs: Sequence[Tensor], # float64; moved in place one entry at a time, and put back
     grads: Sequence[Tensor], # The gradients on trial, one for each input
     eps: float = 1e-5, # Step to either side, near the cube root of float64's precision, for inputs of size 1
     n: int = 100, # Entries tried in each input, drawn at random; all if there are fewer
 ) -> float: # About 1e-8 for a right gradient, between 1e-3 and 1 for a wrong one
-    "Worst relative error of `grads` against central differences of `f`; TypeError or ValueError for a wrong dtype or shape"
+    "Worst relative error of `grads` against central differences of `f`; TypeError or ValueError for unfit inputs"
     worst = [0.]
     for x, grad in zip(inputs, grads, strict=True):
-        if x.dtype != torch.float64: raise TypeError(f'grad_check needs float64 inputs, got {x.dtype}; convert them with x.double()')
-        if grad.shape != x.shape: raise ValueError(f'grad_check got a gradient of shape {tuple(grad.shape)} for an input of {tuple(x.shape)}')
+        if x.dtype != torch.float64: raise TypeError(f'grad_check needs float64, got {x.dtype}; use x.double()')
+        if grad.shape != x.shape:
+            raise ValueError(f'grad_check needs a gradient of shape {tuple(x.shape)}, got {tuple(grad.shape)}')
         picks = [tuple(torch.unravel_index(i, x.shape)) for i in torch.randperm(x.numel())[:n]]
-        pairs = torch.tensor([(_central_difference(f, inputs, x, at, eps), float(grad[at])) for at in picks], dtype=torch.float64)
-        if len(picks): worst.append(float((pairs[:, 0] - pairs[:, 1]).abs().max() / pairs.abs().max().clamp(min=1e-300)))
+        found = torch.tensor([_central_difference(f, inputs, x, at, eps) for at in picks], dtype=torch.float64)
+        given = torch.tensor([float(grad[at]) for at in picks], dtype=torch.float64)
+        largest = torch.cat([found.abs(), given.abs(), torch.tensor([1e-300])]).max()
+        worst += ((found - given).abs() / largest).tolist()
     return float(torch.tensor(worst).max())
 
-def _central_difference(f, inputs, x, at, eps):
+def _central_difference(f: Callable[..., Any], inputs: Sequence[Tensor], x: Tensor, at: tuple, eps: float) -> float:
     kept = x[at].clone()
     try:
         x[at] = kept + eps
@@ -51,36 +55,35 @@ def _central_difference(f, inputs, x, at, eps):
         return (above - float(f(*inputs))) / (2 * eps)
     finally: x[at] = kept
 
-# %% ../nbs/01_backprop.ipynb #a4eea015
+# %% ../nbs/01_backprop.ipynb #5b9906af
 class Module:
-    "A step with a gradient: a subclass writes `forward(*inputs)` and `vjp(grad, *inputs)`; calling and `backward` do the bookkeeping"
+    "A step with a hand-written gradient: a subclass writes `forward(*inputs)` and `vjp(grad, *inputs)`"
     _inputs: tuple[Tensor, ...] | None = None # What the last call was given, until `backward` has used it
-    _output: tuple[torch.Size, torch.dtype] | None = None # What it returned
+    _out: Tensor | None = None # An empty tensor of the output's shape and dtype, once there was a call
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         "`forward(*inputs)`, remembering the inputs for one `backward`"
         out = self.forward(*inputs)
-        self._inputs, self._output = inputs, (out.shape, out.dtype)
+        self._inputs, self._out = inputs, out.new_empty(()).expand(out.shape)
         return out
 
     def backward(
         self,
-        grad: Tensor | None = None, # Gradient of the loss for the output, of its shape; `None`: the output is the loss
-    ) -> Tensor: # Gradient of the loss for the first input, of its shape
-        "Send `grad` back through the last call, once; RuntimeError for a wrong order, ValueError for a wrong shape or dtype"
-        name = type(self).__name__
-        if self._output is None: raise RuntimeError(f'{name}.backward was called before forward; call the layer on its input first')
-        if self._inputs is None: raise RuntimeError(f'{name}.backward was called twice for one forward; call the layer on its input again')
-        shape, dtype = self._output
-        if grad is None and len(shape): raise ValueError(f'{name}.backward needs the gradient of its output, of shape {tuple(shape)}')
-        if grad is None: grad = torch.ones((), dtype=dtype)
-        if (grad.shape, grad.dtype) != (shape, dtype):
-            raise ValueError(f'{name}.backward got {grad.dtype} of shape {tuple(grad.shape)}; its output was {dtype} of shape {tuple(shape)}')
+        grad: Tensor | None = None, # Gradient of the loss for the output; `None`: the output is the loss
+    ) -> Tensor: # Gradient of the loss for the first input
+        "Send `grad` back through the last call, once; RuntimeError out of order, ValueError for a wrong shape or dtype"
+        name, out = type(self).__name__, self._out
+        if out is None: raise RuntimeError(f'{name}.backward came before forward; call the layer on its input first')
+        if self._inputs is None: raise RuntimeError(f'{name}.backward was called twice; call the layer again first')
+        if grad is None and not out.ndim: grad = torch.ones_like(out)
+        if grad is None or grad.shape != out.shape or grad.dtype != out.dtype:
+            got = None if grad is None else f'{grad.dtype} {tuple(grad.shape)}'
+            raise ValueError(f'{name}.backward needs one like its output, {out.dtype} {tuple(out.shape)}, got {got}')
         inputs, self._inputs = self._inputs, None
         return self.vjp(grad, *inputs)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        "The output; every subclass has its own"
+        "The output"
         raise NotImplementedError(f'{type(self).__name__} needs a forward(*inputs)')
 
     def vjp(self, grad: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
@@ -88,38 +91,38 @@ class Module:
         raise NotImplementedError(f'{type(self).__name__} needs a vjp(grad, *inputs) to go backward')
 
     def parameters(self) -> list[Tensor]: # In the order of the forward pass
-        "The tensors that training adjusts: none, unless a subclass says otherwise"
+        "The tensors that training adjusts: none, unless a subclass has some"
         return []
 
-# %% ../nbs/01_backprop.ipynb #183bfb7a
+# %% ../nbs/01_backprop.ipynb #93790389
 class Linear(Module):
-    "`x @ weight.T + bias` on the last dimension; weights are normal with variance `2/n_in` (Kaiming, for a ReLU), the bias is 0"
+    "`x @ weight.T + bias` on the last dimension; weights start normal with variance 2/n_in (Kaiming), the bias at 0"
     def __init__(
         self,
         n_in: int, # Size of the input's last dimension
         n_out: int, # Size of the output's
         dtype: torch.dtype | None = None, # Of weights and inputs; `None`: torch's default, float32
     ):
-        if n_in < 1 or n_out < 1: raise ValueError(f'Linear needs sizes of at least 1, got n_in={n_in} and n_out={n_out}')
+        if min(n_in, n_out) < 1: raise ValueError(f'Linear needs sizes of at least 1, got {n_in} and {n_out}')
         self.weight = torch.randn(n_out, n_in, dtype=dtype) * (2 / n_in)**.5
         self.bias = torch.zeros(n_out, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(..., n_in)` to `(..., n_out)`"
         n_out, n_in = self.weight.shape
-        if x.ndim < 1 or x.shape[-1] != n_in: raise ValueError(f'Linear({n_in}, {n_out}) needs (..., {n_in}), got shape {tuple(x.shape)}')
-        if x.dtype != self.weight.dtype:
-            raise TypeError(f'Linear has {self.weight.dtype} weights, got {x.dtype}; convert the input or give Linear that dtype')
+        if x.ndim < 1 or x.shape[-1] != n_in or x.dtype != self.weight.dtype:
+            needs = f'{self.weight.dtype} (..., {n_in})'
+            raise ValueError(f'Linear({n_in}, {n_out}) needs {needs}, got {x.dtype} {tuple(x.shape)}; convert it')
         return x @ self.weight.T + self.bias
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
-        "The gradient of `x`; `weight.grad` and `bias.grad` are set to those of this pass, not added to"
+        "The gradient of `x`; `weight.grad` and `bias.grad` become those of this pass, whatever they were"
         n_out, n_in = self.weight.shape
         rows = grad.reshape(-1, n_out)
         self.weight.grad, self.bias.grad = rows.T @ x.reshape(-1, n_in), rows.sum(0)
         return grad @ self.weight
 
-    def parameters(self) -> list[Tensor]: # The matrix `(n_out, n_in)` and the vector `(n_out,)`
+    def parameters(self) -> list[Tensor]: # `(n_out, n_in)` and `(n_out,)`
         "`weight` and `bias`"
         return [self.weight, self.bias]
 
@@ -134,29 +137,30 @@ class ReLU(Module):
         "`grad` where `x` was positive, else 0"
         return torch.where(x <= 0, 0, grad)
 
-# %% ../nbs/01_backprop.ipynb #e1995479
+# %% ../nbs/01_backprop.ipynb #b5c465a5
 class MSE(Module):
     "Mean of `(pred - target)**2` over all entries; `backward()` is the gradient for `pred`"
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         "A single number, for two tensors of one shape"
         if pred.shape != target.shape:
-            raise ValueError(f'MSE needs one shape, got {tuple(pred.shape)} and {tuple(target.shape)}; reshape one of them, or they would broadcast')
+            shapes = f'{tuple(pred.shape)} and {tuple(target.shape)}'
+            raise ValueError(f'MSE needs equal shapes, got {shapes}, which would broadcast; reshape one of them')
         return (pred - target).square().mean()
 
     def vjp(self, grad: Tensor, pred: Tensor, target: Tensor) -> Tensor:
         "`2 (pred - target) / N`, times `grad`"
         return grad * 2 * (pred - target) / pred.numel()
 
-# %% ../nbs/01_backprop.ipynb #ddb54d07
+# %% ../nbs/01_backprop.ipynb #6f7c5762
 class Sequential(Module):
     "Layers one after another; `backward` runs through them in the opposite order"
     def __init__(
         self,
         *layers: Module, # Each a different object, since a layer remembers one call
     ):
-        for layer in layers:
-            if not isinstance(layer, Module): raise TypeError(f'Sequential needs layers with a hand-written backward, got {type(layer).__name__}')
-        if len({id(layer) for layer in layers}) < len(layers): raise ValueError('Sequential got the same layer twice; make a second one')
+        wrong = [type(layer).__name__ for layer in layers if not isinstance(layer, Module)]
+        if wrong: raise TypeError(f'Sequential needs layers that are a dlfound Module, got {wrong[0]}')
+        if len(set(layers)) < len(layers): raise ValueError('Sequential got one layer twice; make a second one')
         self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,32 +208,32 @@ def unbroadcast(
         if size == 1: grad = grad.sum(dim, keepdim=True)
     return grad
 
-# %% ../nbs/01_backprop.ipynb #67458483
+# %% ../nbs/01_backprop.ipynb #2b0dce49
 class Node:
     "A tensor that remembers what it was made from"
     def __init__(
         self,
-        data: Any, # Number, array or tensor; kept as a tensor of floats that shares the memory of a tensor
-        edges: Iterable[tuple[Any, Callable[[Tensor], Tensor]]] = (), # Parents, each with its vector–Jacobian product; none but a Node is kept
+        data: Any, # Number, array or tensor of floats; a tensor is not copied
+        edges: Iterable[tuple[Any, Callable[[Tensor], Tensor]]] = (), # Parents, each with its vector–Jacobian product
     ):
         tensor = torch.as_tensor(data).detach()
-        if tensor.is_complex(): raise TypeError(f'the tape has no complex numbers, got {tensor.dtype}; record real and imaginary parts apart')
+        if tensor.is_complex(): raise TypeError(f'the tape needs real numbers, got {tensor.dtype}; use .real, .imag')
         self.data = tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-        self.edges = [(parent, vjp) for parent, vjp in edges if isinstance(parent, Node)]
-        self.grad: Tensor | None = None # Of the last backward pass; a leaf, which has no edges, adds up those of all passes
+        self.edges = [(parent, vjp) for parent, vjp in edges if isinstance(parent, Node)] # Constants get no gradient
+        self.grad: Tensor | None = None # That of the last backward pass; in a leaf, which has no edges, the sum of all
 
     def __repr__(self) -> str: return f'{type(self).__name__}({self.data})'
 
     def backward(
         self,
-        grad: Tensor | None = None, # Gradient to start from, of this node's shape; `None`: this node is the loss, and it is 1
+        grad: Tensor | None = None, # Gradient to start from, of this node's shape; `None`: this node is the loss
     ) -> None:
-        "Find the gradient of every node this one was made from, in one pass; ValueError if `grad` has the wrong shape or is missing"
-        if grad is None and self.data.numel() != 1:
-            raise ValueError(f'backward starts from one number, got shape {tuple(self.data.shape)}; take .sum() or .mean() first, or give grad')
-        if grad is not None and grad.shape != self.data.shape:
-            raise ValueError(f'backward got grad of shape {tuple(grad.shape)} for a node of shape {tuple(self.data.shape)}')
-        waiting = {self: torch.ones_like(self.data) if grad is None else grad.to(self.data)}
+        "Find the gradient of every node this one was made from; ValueError if `grad` is missing or misshapen"
+        if grad is None and self.data.numel() == 1: grad = torch.ones_like(self.data)
+        if grad is None or grad.shape != self.data.shape:
+            got, shape = None if grad is None else tuple(grad.shape), tuple(self.data.shape)
+            raise ValueError(f'backward needs a gradient of shape {shape}, got {got}; or start from a .sum()')
+        waiting = {self: grad.to(self.data)}
         for node in topological_order(self):
             arrived = waiting.pop(node)
             node.grad = arrived.clone() if node.edges or node.grad is None else node.grad + arrived
@@ -247,7 +251,7 @@ def _power(a: Any, b: Any) -> tuple[Tensor, list]:
     return out, [(a, lambda g: g * torch.where(y == 0, 0, y * x**(y - 1))),
                  (b, lambda g: g * torch.where((x == 0) & (y >= 0), 0, out * x.log()))]
 
-# %% ../nbs/01_backprop.ipynb #9ff2cc53
+# %% ../nbs/01_backprop.ipynb #4affee3e
 def _matmul(a: Any, b: Any) -> tuple[Tensor, list]:
     "Result and edges of `a @ b`"
     x, y = _raw(a), _raw(b)
@@ -256,28 +260,27 @@ def _matmul(a: Any, b: Any) -> tuple[Tensor, list]:
     def full(g: Tensor) -> Tensor:
         g = g[..., None] if column else g
         return g[..., None, :] if row else g
-    return x @ y, [(a, lambda g: full(g) @ right.mT), (b, lambda g: (left.mT @ full(g))[..., 0] if column else left.mT @ full(g))]
+    def to_right(g: Tensor) -> Tensor: return (left.mT @ full(g)).squeeze(-1) if column else left.mT @ full(g)
+    return x @ y, [(a, lambda g: full(g) @ right.mT), (b, to_right)]
 
-# %% ../nbs/01_backprop.ipynb #28540ccc
+# %% ../nbs/01_backprop.ipynb #7f54d55b
 class Value(Node):
-    "A tensor whose arithmetic with values, tensors and numbers is recorded: `+ - * / ** @`, `exp`, `log`, `relu`, `sum`, `mean`"
-    def __add__(self, other: Any) -> 'Value': return Value(self.data + _raw(other), [(self, lambda g: g), (other, lambda g: g)])
-    def __sub__(self, other: Any) -> 'Value': return Value(self.data - _raw(other), [(self, lambda g: g), (other, lambda g: -g)])
-    def __rsub__(self, other: Any) -> 'Value': return Value(other - self.data, [(self, lambda g: -g)])
-    def __neg__(self) -> 'Value': return Value(-self.data, [(self, lambda g: -g)])
-    def __mul__(self, other: Any) -> 'Value':
+    "A tensor whose arithmetic with values, tensors and numbers is recorded: `+ - * / ** @ exp log relu sum mean`"
+    def __add__(self, other): return Value(self.data + _raw(other), [(self, lambda g: g), (other, lambda g: g)])
+    def __sub__(self, other): return Value(self.data - _raw(other), [(self, lambda g: g), (other, lambda g: -g)])
+    def __mul__(self, other):
         a, b = self.data, _raw(other)
         return Value(a * b, [(self, lambda g: g * b), (other, lambda g: g * a)])
-    def __truediv__(self, other: Any) -> 'Value':
+    def __truediv__(self, other):
         out, b = self.data / _raw(other), _raw(other)
         return Value(out, [(self, lambda g: g / b), (other, lambda g: -g * out / b)])
-    def __rtruediv__(self, other: Any) -> 'Value':
-        out = other / self.data
-        return Value(out, [(self, lambda g: -g * out / self.data)])
-    def __pow__(self, other: Any) -> 'Value': return Value(*_power(self, other))
-    def __rpow__(self, other: Any) -> 'Value': return Value(*_power(other, self))
-    def __matmul__(self, other: Any) -> 'Value': return Value(*_matmul(self, other))
-    def __rmatmul__(self, other: Any) -> 'Value': return Value(*_matmul(other, self))
+    def __pow__(self, other): return Value(*_power(self, other))
+    def __matmul__(self, other): return Value(*_matmul(self, other))
+    def __neg__(self): return self * -1
+    def __rsub__(self, other): return -self + other
+    def __rtruediv__(self, other): return self**-1 * other
+    def __rpow__(self, other): return Value(*_power(other, self))
+    def __rmatmul__(self, other): return Value(*_matmul(other, self))
     __radd__, __rmul__ = __add__, __mul__
     def exp(self) -> 'Value':
         "e to the power of every entry"
