@@ -1,0 +1,73 @@
+"`make run` saves what it should and nothing else; `make seeds` shifts seeds; `make test` looks at what is committed."
+import json
+import subprocess
+import sys
+
+import pytest
+from small import lesson, script, write
+
+
+def cells(path): return json.loads(path.read_text())['cells']
+
+
+def test_saves_clean_outputs_and_records_them(tree):
+    path = tree / 'nbs/02_third.ipynb'
+    write(path, lesson('third', ['import matplotlib.pyplot as plt', '#| label: fig-line\n#| fig-alt: a line\nplt.plot([1, 2]);', '#| slow\n1 / 0', '#| eval: false\n1 / 0', '6 * 7'], outputs=False))
+    done = script(tree, 'run.py', '02')
+    assert done.returncode == 0, done.stderr
+    made = cells(path)
+    assert made[-1]['outputs'][0]['data']['text/plain'] == ['42'] and made[-1]['execution_count'] is None
+    assert made[4]['outputs'] == [] and made[5]['outputs'] == [] and all(c['metadata'] == {} for c in made)
+    assert (tree / 'nbs/images/fig-line.png').read_bytes().startswith(b'\x89PNG')
+    record = json.loads((tree / 'nbs/outputs.json').read_text())
+    assert set(record['02_third.ipynb']['cells']) == {c['id'] for c in made if c['cell_type'] == 'code'}
+    before = path.read_bytes()
+    assert script(tree, 'run.py', '02').returncode == 0 and path.read_bytes() == before
+
+
+@pytest.mark.parametrize('source, env, words', [
+    ('1 / 0', {}, 'ZeroDivisionError'),
+    ('1', {'DLFOUND_STANDIN': '1'}, 'saved outputs come from real data only'),
+    ('import dlfound.data as d\nd._taken["mnist"] = (d.data_home() / "x", "stand-in")', {}, 'ran on the stand-in for mnist'),
+])
+def test_leaves_the_notebook_alone(tree, source, env, words):
+    (tree / 'dlfound/data.py').write_text('import os, pathlib\n_taken = {}\ndef data_home(): return pathlib.Path(os.environ.get("HOME", ".")).resolve()\n')
+    path = tree / 'nbs/02_third.ipynb'
+    write(path, lesson('third', [source]))
+    before = path.read_bytes(), (tree / 'nbs/outputs.json').read_bytes()
+    done = script(tree, 'run.py', '02', **env)
+    assert done.returncode == 1 and words in done.stderr
+    assert (path.read_bytes(), (tree / 'nbs/outputs.json').read_bytes()) == before
+
+
+def test_unknown_notebook(tree):
+    done = script(tree, 'run.py', '77')
+    assert done.returncode == 1 and "no notebook is called '77'" in done.stderr and '00_first' in done.stderr
+
+
+def test_seeds_are_shifted_and_nothing_is_saved(tree):
+    path = tree / 'nbs/02_third.ipynb'
+    write(path, lesson('third', ['import torch, random', 'torch.manual_seed(3); a = torch.initial_seed()', 'g = torch.Generator().manual_seed(5)', 'def f(seed=None): return seed\nb = f(seed=7), f(seed=None)',
+                                 'assert (a, g.initial_seed(), b) == (3, 5, (7, None)), (a, g.initial_seed(), b)']))
+    before = path.read_bytes()
+    done = script(tree, 'run.py', '--seeds', '2', '02')
+    assert done.returncode == 1 and '(1003, 1005, (1007, None))' in done.stderr and '(2003, 2005, (2007, None))' in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_seeds_pass_where_the_claim_does_not_depend_on_them(tree):
+    write(tree / 'nbs/02_third.ipynb', lesson('third', ['import random', 'random.seed(0)', 'assert 0 <= random.random() < 1']))
+    done = script(tree, 'run.py', '--seeds', '2', '02', DLFOUND_STANDIN='1')
+    assert done.returncode == 0 and done.stdout.count('1 seeds shifted') == 2
+
+
+def test_what_is_committed_is_checked_not_what_lies_around(tree):
+    git = lambda *a: subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x@example.org', *a], cwd=tree, check=True, capture_output=True)
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'all')
+    (tree / 'nbs/00_first.ipynb').write_text('{broken')
+    code = 'import sys, pathlib; sys.path.insert(0, "scripts"); import test; t = test.committed(pathlib.Path(sys.argv[1])); print((t / "nbs/00_first.ipynb").read_text()[:1], len((t / "nbs/00_first.ipynb").read_text()))'
+    out = tree / 'out'
+    out.mkdir()
+    done = subprocess.run([sys.executable, '-c', code, str(out)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) > 100
