@@ -15,18 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_matmul.ipynb #0f7152f9
+# %% ../nbs/00_matmul.ipynb #ff0437f2
 def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:
     "The sizes n, k, m of the product of `(n, k)` and `(k, m)`"
     for t in a, b:
-        if not isinstance(t, Tensor): raise TypeError(f'a product needs two tensors, got a {type(t).__name__}; convert it with torch.tensor')
+        if not isinstance(t, Tensor):
+            raise TypeError(f'a product needs two tensors, got a {type(t).__name__}; convert it with torch.tensor')
     shapes = f'{tuple(a.shape)} and {tuple(b.shape)}'
     if a.ndim != 2 or b.ndim != 2:
-        raise ValueError(f'a product needs two matrices, got shapes {shapes}; a vector v is a matrix as v[None] or v[:, None]')
+        raise ValueError(f'a product needs two matrices, got shapes {shapes}; '
+                         'a vector v is a matrix as v[None] or v[:, None]')
     if a.shape[1] != b.shape[0]:
-        raise ValueError(f'a product needs as many columns on the left as rows on the right, got shapes {shapes}; '
-                         'exchange or transpose them')
-    if a.dtype != b.dtype: raise TypeError(f'a product needs one dtype, got {a.dtype} and {b.dtype}; convert one with .to')
+        raise ValueError('a product needs as many columns on the left as rows on the right, '
+                         f'got shapes {shapes}; exchange or transpose them')
+    if a.dtype != b.dtype:
+        raise TypeError(f'a product needs one dtype, got {a.dtype} and {b.dtype}; convert one with .to')
     return a.shape[0], a.shape[1], b.shape[1]
 
 # %% ../nbs/00_matmul.ipynb #3d9a5421
@@ -49,19 +52,20 @@ def _block(f: Callable[[], object], calls: int) -> float:
     for _ in range(calls): f()
     return (perf_counter() - start) / calls
 
-# %% ../nbs/00_matmul.ipynb #fef6cfc3
+# %% ../nbs/00_matmul.ipynb #c3ed467f
 class Timing(NamedTuple):
     "How long a call takes, measured in several blocks of calls"
     median: float # Seconds a call, median over the blocks
-    spread: float # Half the interquartile range, in seconds: about half of the blocks lie this near; nan for one block
+    spread: float # Half the interquartile range: about half of the blocks lie this near; nan for one block
 
     def __repr__(self) -> str:
-        unit, size = next((u for u in (('s', 1), ('ms', 1e-3), ('µs', 1e-6)) if self.median >= .9995 * u[1]), ('ns', 1e-9))
+        units = ('s', 1), ('ms', 1e-3), ('µs', 1e-6), ('ns', 1e-9)
+        unit, size = next((u for u in units if self.median >= .9995 * u[1]), units[-1])
         digits = max(0, 2 - floor(log10(max(self.median / size, 1)) + .0003))
         spread = '?' if isnan(self.spread) else f'{self.spread / size:.{digits}f} {unit}'
         return f'{self.median / size:.{digits}f} {unit} ± {spread}'
 
-# %% ../nbs/00_matmul.ipynb #0484d68e
+# %% ../nbs/00_matmul.ipynb #631b6e2c
 def bench(
     f: Callable[[], object], # Called without arguments; on a GPU it must end in a synchronisation
     repeat: int = 7, # Blocks to measure; the median of 7 survives 3 disturbed ones
@@ -72,7 +76,8 @@ def bench(
     if repeat < 1: raise ValueError(f'bench needs at least one block to measure, got repeat={repeat}')
     begin, calls, took = perf_counter(), 1, _block(f, 1)
     if took >= max_time: return Timing(took, nan)
-    while (took := _block(f, calls)) * calls < min_time: calls = max(2 * calls, int(1.2 * min_time / max(took, 1e-9)))
+    while (took := _block(f, calls)) * calls < min_time:
+        calls = max(2 * calls, int(1.2 * min_time / max(took, 1e-9)))
     blocks = [took]
     while len(blocks) < repeat and perf_counter() - begin < max_time: blocks.append(_block(f, calls))
     if len(blocks) == 1: return Timing(took, nan)
