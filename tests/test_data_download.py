@@ -1,0 +1,126 @@
+"Downloads from servers that are slow, lie, cut off, redirect or do not answer; and a process killed in the middle."
+import errno
+import hashlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import dlfound.data as data
+import pytest
+from dlfound.data import Unreachable, download
+from servers import payload, serving
+
+sha256, md5 = hashlib.sha256(payload).hexdigest(), hashlib.md5(payload).hexdigest()
+
+
+@pytest.fixture(scope='module')
+def site():
+    with serving() as (url, asked): yield url, asked
+
+
+def left(tmp_path): return sorted(p.name for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('page', ['good', 'noranges', 'redirect', 'trickle'])
+@pytest.mark.parametrize('kind', ['sha256', 'md5', 'none'])
+def test_whole(site, tmp_path, page, kind):
+    hashes = {'sha256': dict(sha256=sha256), 'md5': dict(md5=md5.upper()), 'none': {}}[kind]
+    assert download(f'{site[0]}/{page}.bin', tmp_path / 'deep/x', **hashes).read_bytes() == payload
+    assert left(tmp_path / 'deep') == ['x']
+
+
+@pytest.mark.parametrize('page, words', [('missing', '404'), ('broken', '500'), ('truncated', '100,000 of 512,000'), ('loop', 'redirect'), ('evil', 'not allowed')])
+def test_a_server_that_fails_is_an_error_and_not_unreachable(site, tmp_path, page, words):
+    with pytest.raises(OSError, match=words) as e: download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256)
+    assert not isinstance(e.value, Unreachable) and not (tmp_path / 'x').exists()
+
+
+def test_a_truncated_download_is_refused_without_a_hash_too(site, tmp_path):
+    with pytest.raises(OSError, match='closed the connection'): download(f'{site[0]}/truncated.bin', tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('page', ['wrong', 'short'])
+def test_wrong_bytes_are_deleted_and_named(site, tmp_path, page):
+    with pytest.raises(ValueError, match=sha256) as e: download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256)
+    assert f'/{page}.bin' in str(e.value) and str(e.value).count('sha256') == 1 and left(tmp_path) == []
+
+
+@pytest.mark.parametrize('page', ['silent', 'stalls'])
+def test_time_out(site, tmp_path, page):
+    start = time.time()
+    with pytest.raises(OSError): download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256, timeout=.5)
+    assert time.time() - start < 2.5
+
+
+def test_next_address(site, tmp_path):
+    urls = [f'{site[0]}/{p}.bin' for p in ('missing', 'truncated', 'broken', 'good')]
+    assert download(urls, tmp_path / 'x', sha256).read_bytes() == payload
+    assert left(tmp_path) == ['x']
+
+
+def test_nobody_listens(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    with pytest.raises(Unreachable): download([f'http://127.0.0.1:{port}/x', 'http://no-such-host.invalid/x'], tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('bad', ['ftp://example.org/x', 'file:///etc/hostname', []])
+def test_other_addresses(tmp_path, bad):
+    with pytest.raises(ValueError, match='http'): download(bad, tmp_path / 'x')
+
+
+def test_resumes(site, tmp_path):
+    (tmp_path / 'x.part').write_bytes(payload[:300_000])
+    site[1].clear()
+    assert download(f'{site[0]}/good.bin', tmp_path / 'x', sha256).read_bytes() == payload
+    assert site[1] == [('/good.bin', 'bytes=300000-')]
+
+
+@pytest.mark.parametrize('page', ['good', 'noranges'])
+@pytest.mark.parametrize('part', [b'something else', payload, payload + b'!'])
+def test_a_part_that_does_not_fit_is_thrown_away(site, tmp_path, page, part):
+    (tmp_path / 'x.part').write_bytes(part)
+    assert download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256).read_bytes() == payload
+
+
+def test_without_a_hash_nothing_is_resumed(site, tmp_path):
+    (tmp_path / 'x.part').write_bytes(b'something else')
+    assert download(f'{site[0]}/good.bin', tmp_path / 'x').read_bytes() == payload
+
+
+def test_what_is_there_and_right_is_not_downloaded_again(site, tmp_path):
+    (tmp_path / 'x').write_bytes(payload)
+    site[1].clear()
+    download(f'{site[0]}/good.bin', tmp_path / 'x', sha256)
+    assert site[1] == []
+
+
+def test_no_space(site, tmp_path, monkeypatch):
+    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(data, '_stream', full)
+    with pytest.raises(OSError) as e: download(f'{site[0]}/good.bin', tmp_path / 'x', sha256)
+    assert e.value.errno == errno.ENOSPC
+
+
+def test_a_pipe_gets_plain_lines(site, tmp_path):
+    code = f'from dlfound.data import download; download("{site[0]}/good.bin", "x")'
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == 'downloading good.bin, 0.5 MB\n' and done.stderr == ''
+
+
+def test_killed_and_taken_up_again(site, tmp_path):
+    code = f'from dlfound.data import download; download("{site[0]}/trickle.bin", "x", "{sha256}")'
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    part = tmp_path / 'x.part'
+    while not (part.exists() and part.stat().st_size > 50_000): time.sleep(.005)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (tmp_path / 'x').exists()
+    site[1].clear()
+    assert download(f'{site[0]}/trickle.bin', tmp_path / 'x', sha256).read_bytes() == payload
+    assert site[1][0][1].startswith('bytes=') and left(tmp_path) == ['x']
