@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_init.ipynb #d1f38a0e
+# %% ../nbs/02_init.ipynb #fbb59db8
 _layers = ['linear', *(f'conv{t}{d}d' for t in ('', '_transpose') for d in (1, 2, 3))]
 _gains = {**dict.fromkeys(_layers, 1.), 'sigmoid': 1., 'tanh': 5 / 3, 'relu': 2**.5, 'selu': 3 / 4}
 
@@ -19,7 +19,7 @@ def gain(
     nonlinearity: str, # A layer (`linear`, `conv2d`, ...) or `sigmoid`, `tanh`, `relu`, `leaky_relu`, `selu`
     param: float | None = None, # Negative slope of `leaky_relu`, .01 if `None`; the others take none
 ) -> float: # Factor for the standard deviation of the weights
-    "What makes up for the mean square that `nonlinearity` takes, as `torch.nn.init.calculate_gain`; `ValueError` if unknown"
+    "What makes up for the mean square that `nonlinearity` takes, as `torch.nn.init.calculate_gain`"
     if nonlinearity == 'leaky_relu':
         slope = .01 if param is None else param
         if isinstance(slope, bool) or not isinstance(slope, (int, float)):
@@ -29,7 +29,7 @@ def gain(
         raise ValueError(f'no gain is known for {nonlinearity!r}; use leaky_relu or one of {", ".join(_gains)}')
     return _gains[nonlinearity]
 
-# %% ../nbs/02_init.ipynb #4d2fb7f8
+# %% ../nbs/02_init.ipynb #e745e6f4
 def _fans(tensor: Tensor) -> tuple[int, int]:
     if tensor.ndim < 2:
         raise ValueError(f'fan_in and fan_out need a weight of shape (out, in, ...), got {tuple(tensor.shape)}; '
@@ -38,12 +38,14 @@ def _fans(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[1] * window, tensor.shape[0] * window
 
 def _kaiming_std(tensor: Tensor, a: float, mode: str, nonlinearity: str) -> float:
-    if str(mode).lower() not in ('fan_in', 'fan_out'): raise ValueError(f'mode must be fan_in or fan_out, got {mode!r}')
-    return gain(nonlinearity, a) / math.sqrt(_fans(tensor)[str(mode).lower() == 'fan_out'])
+    modes = 'fan_in', 'fan_out'
+    if str(mode).lower() not in modes: raise ValueError(f'mode must be fan_in or fan_out, got {mode!r}')
+    return gain(nonlinearity, a) / math.sqrt(_fans(tensor)[modes.index(mode.lower())])
 
 def _is_empty(tensor: Tensor) -> bool:
-    if empty := tensor.numel() == 0: warnings.warn('a tensor without elements has nothing to initialize', stacklevel=3)
-    return empty
+    if tensor.numel(): return False
+    warnings.warn('a tensor without elements has nothing to initialize', stacklevel=3)
+    return True
 
 # %% ../nbs/02_init.ipynb #2770774f
 def kaiming_normal_(
