@@ -57,7 +57,7 @@ def _differs(path: Path, sha256: str | None, md5: str | None) -> str:
         if wanted and (got := _hash(path, name)) != wanted.lower(): return f'its {name} is {got} and should be {wanted}'
     return ''
 
-# %% ../nbs/tools/data.ipynb #2e5ef49e
+# %% ../nbs/tools/data.ipynb #a6ed0336
 class Unreachable(ConnectionError):
     "No server answered: no network, a firewall, or a name that does not resolve"
 
@@ -67,14 +67,17 @@ def _reached(e: Exception) -> bool:
     "Did a server answer before `e` happened?"
     reason = e.reason if isinstance(e, urllib.error.URLError) and not isinstance(e, urllib.error.HTTPError) else e
     tunnel = 'Tunnel connection failed' in str(reason)
-    return not (tunnel or isinstance(reason, (socket.gaierror, TimeoutError, ConnectionRefusedError)) or getattr(reason, 'errno', None) in _no_route)
+    silent = isinstance(reason, (socket.gaierror, TimeoutError, ConnectionRefusedError))
+    return not (tunnel or silent or getattr(reason, 'errno', None) in _no_route)
 
-# %% ../nbs/tools/data.ipynb #987e54c2
+# %% ../nbs/tools/data.ipynb #72e05f97
 @contextmanager
 def _progress(name: str, total: int | None, start: int) -> Iterator[Callable]:
     "A bar in a terminal or a notebook, a line in a pipe"
     if sys.stdout.isatty() or 'ipykernel' in sys.modules:
-        with tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=name, file=sys.stdout, leave=False) as bar: yield bar.update
+        with tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=name, file=sys.stdout, leave=False,
+                  delay=.5) as bar:
+            yield bar.update
     else:
         print(f'downloading {name}' + (f', {total / 1e6:.1f} MB' if total else ''), flush=True)
         yield lambda n: None
@@ -82,7 +85,8 @@ def _progress(name: str, total: int | None, start: int) -> Iterator[Callable]:
 def _stream(url: str, part: Path, resume: bool, timeout: float) -> None:
     "Append what `part` lacks of `url`, or write it anew when the server does not resume"
     have = part.stat().st_size if resume and part.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'dlfound', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {}))
+    headers = {'User-Agent': 'dlfound', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as r:
         resumed = r.status == 206 and (r.headers.get('Content-Range') or '').startswith(f'bytes {have}-')
         start, length = have if resumed else 0, r.headers.get('Content-Length')
@@ -90,9 +94,10 @@ def _stream(url: str, part: Path, resume: bool, timeout: float) -> None:
         got = start
         with open(part, 'ab' if resumed else 'wb') as f, _progress(Path(urlsplit(url).path).name, total, start) as step:
             while chunk := r.read(1 << 16): got += f.write(chunk); step(len(chunk))
-    if total is not None and got != total: raise ConnectionError(f'the server closed the connection after {got:,} of {total:,} bytes')
+    if total is not None and got != total:
+        raise ConnectionError(f'the server closed the connection after {got:,} of {total:,} bytes')
 
-# %% ../nbs/tools/data.ipynb #5f0a9923
+# %% ../nbs/tools/data.ipynb #0ed0a609
 def download(
     urls: str | list[str] | tuple[str, ...], # One address or several of the same file, tried in order
     dest: str | Path, # The file to write; its folder is made
@@ -115,7 +120,7 @@ def download(
         for resume in (True, False) if checked and part.exists() else (False,):
             try: _stream(url, part, resume, timeout)
             except (OSError, ValueError) as e:
-                if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT) and not isinstance(e, urllib.error.URLError): raise
+                if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT): raise
                 failed.append(f'{url}: {e}')
                 reached = reached or _reached(e)
                 if isinstance(e, urllib.error.HTTPError) and e.code == 416: continue
@@ -124,8 +129,11 @@ def download(
                 os.replace(part, dest)
                 return dest
             part.unlink()
-            if not resume: raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; try again, and if that gives the same, the file has changed at its source')
-    sentence = f'cannot download {dest.name}. ' + '; '.join(failed) + '. Try again, or put the file into a folder that DLFOUND_MIRROR names'
+            if not resume:
+                raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; try again, and '
+                    'if that gives the same, the file has changed at its source')
+    advice = 'Try again, or put the file into a folder that DLFOUND_MIRROR names'
+    sentence = f'cannot download {dest.name}. {"; ".join(failed)}. {advice}'
     raise OSError(sentence) if reached else Unreachable(sentence)
 
 # %% ../nbs/tools/data.ipynb #52aa0e01
@@ -168,7 +176,7 @@ class _Meter:
         if self.n > self.limit: raise _refuse(self.why)
         return chunk
 
-# %% ../nbs/tools/data.ipynb #758721d6
+# %% ../nbs/tools/data.ipynb #346bf9ca
 def _copy(source, dest: Path, size: int | None = None) -> None:
     "Write a member to a new file, and see that it is whole"
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,8 @@ def _unpack_zip(archive: Path, folder: Path, names: _Names, limits: tuple[int, f
         for m in z.infolist():
             kind = stat.S_IFMT(m.external_attr >> 16)
             if m.flag_bits & 1: raise _refuse(f'the member {m.filename!r} is encrypted')
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise _refuse(f'the member {m.filename!r} is a link or a device')
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _refuse(f'the member {m.filename!r} is a link or a device')
             path = folder / names.add(m.orig_filename, m.is_dir())
             if m.is_dir(): path.mkdir(parents=True, exist_ok=True); continue
             with z.open(m) as meter.stream: _copy(meter, path, m.file_size)
@@ -202,7 +211,7 @@ _openers = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
 def _is_tar(opener: Callable, archive: Path) -> bool:
     with opener(archive) as stream: return stream.read(512)[257:262] == b'ustar'
 
-# %% ../nbs/tools/data.ipynb #1e756d06
+# %% ../nbs/tools/data.ipynb #e362a67c
 def _merge(new: Path, folder: Path) -> None:
     "Move what is in `new` into `folder`, if nothing there is in the way"
     if not folder.exists() or not any(folder.iterdir()): new.replace(folder); return
@@ -211,13 +220,14 @@ def _merge(new: Path, folder: Path) -> None:
     for p in new.rglob('*'):
         old = there.get(str(p.relative_to(new)).casefold())
         if old and not (old.is_dir() and p.is_dir() and old.name == p.name):
-            raise FileExistsError(f'{old} is there already; remove it, or extract to another folder. Nothing was extracted')
+            raise FileExistsError(f'{old} is there already; remove it, or extract to another folder. Nothing was '
+                'extracted')
     for p in sorted(new.rglob('*')):
         dest = folder / p.relative_to(new)
         if p.is_dir(): dest.mkdir(exist_ok=True)
         elif p in moves: p.replace(dest)
 
-# %% ../nbs/tools/data.ipynb #28deb31d
+# %% ../nbs/tools/data.ipynb #b05b27c6
 def extract(
     archive: str | Path, # A `.zip`, a tar in gz, bz2 or xz, or the gz of one file; told apart by content
     folder: str | Path, # Where the members go; it is made, and may hold other files already
@@ -227,14 +237,16 @@ def extract(
 ) -> Path: # `folder`
     """Unpack an archive, all of it or nothing.
 
-    Raises `ValueError` for an archive that is damaged, too large, encrypted, or has a member that is a link or a device,
-    would leave the folder, or differs from another only in case; `FileExistsError` for one that would overwrite a file.
+    Raises `ValueError` for an archive that is damaged, too large or encrypted, or has a member that is a link or a
+    device, would leave the folder, or differs from another only in case; `FileExistsError` if it would overwrite.
     """
     archive, folder = Path(archive), Path(folder)
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; name a folder to extract to')
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f'{folder} is a file; name a folder to extract to')
     with open(archive, 'rb') as f: head = f.read(6)
     opener = next((o for magic, o in _openers.items() if head.startswith(magic)), None)
-    if not opener and head[:4] not in (b'PK\x03\x04', b'PK\x05\x06'): raise ValueError(f'{archive.name} is no zip, gz, bz2 or xz file; get it again')
+    if not opener and head[:4] not in (b'PK\x03\x04', b'PK\x05\x06'):
+        raise ValueError(f'{archive.name} is no zip, gz, bz2 or xz file; get it again')
     folder.parent.mkdir(parents=True, exist_ok=True)
     names, limits = _Names(max_members), (max_bytes, max_ratio)
     with tempfile.TemporaryDirectory(prefix='.extract-', dir=folder.parent) as tmp:
@@ -245,33 +257,43 @@ def extract(
             elif _is_tar(opener, archive):
                 with opener(archive) as stream: _unpack_tar(_Meter(stream, archive.stat().st_size, *limits), new, names)
             else:
-                with opener(archive) as stream: _copy(_Meter(stream, archive.stat().st_size, *limits), new / names.add(archive.stem, False))
+                path = new / names.add(archive.stem, False)
+                with opener(archive) as stream: _copy(_Meter(stream, archive.stat().st_size, *limits), path)
         except (EOFError, OSError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error) as e:
             if isinstance(e, OSError) and e.errno: raise
             raise _refuse(f'{archive.name} is damaged ({e})') from e
         _merge(new, folder)
     return folder
 
-# %% ../nbs/tools/data.ipynb #13e80f8a
+# %% ../nbs/tools/data.ipynb #16ae5c9d
 def _idx(path: Path, dims: int) -> Tensor:
     "The bytes of a gzipped idx file of `dims` dimensions, checked"
     try: raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as e: raise ValueError(f'{path} is damaged ({e}): remove it and fetch the set again') from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f'{path} is damaged ({e}): remove it and fetch the set again') from e
     head = np.frombuffer(raw[:4 + 4 * dims].ljust(4 + 4 * dims, b'\0'), '>u4').tolist()
-    if head[0] != 0x800 + dims: raise ValueError(f'{path} begins with {head[0]:#x} and not {0x800 + dims:#x}: it is no idx file of bytes in {dims} dimensions')
+    if head[0] != 0x800 + dims:
+        raise ValueError(f'{path} begins with {head[0]:#x} and not {0x800 + dims:#x}: it is no idx file of bytes '
+            f'in {dims} dimensions')
     shape, data = head[1:], len(raw) - 4 - 4 * dims
-    if data != math.prod(shape): raise ValueError(f'{path} says it holds {shape}, so {math.prod(shape):,} bytes, and holds {data:,}: remove it and fetch the set again')
+    if data != math.prod(shape):
+        raise ValueError(f'{path} says it holds {shape}, so {math.prod(shape):,} bytes, and holds {data:,}: '
+            'remove it and fetch the set again')
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).copy()).view(shape)
 
-_idx_files = 'train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz', 't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'
+_idx_files = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
+              't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')
 
 def _images_and_labels(folder: Path, part: int) -> tuple[Tensor, Tensor]:
     x, y = _idx(folder / _idx_files[2 * part], 3), _idx(folder / _idx_files[2 * part + 1], 1)
-    if len(x) != len(y): raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels: remove it and fetch the set again')
-    if len(y) and int(y.max()) > 9: raise ValueError(f'{folder} has the label {int(y.max())}, and there are ten digits: remove it and fetch the set again')
+    if len(x) != len(y):
+        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels: remove it and fetch the set again')
+    if len(y) and int(y.max()) > 9:
+        raise ValueError(f'{folder} has the label {int(y.max())}, and there are ten digits: remove it and fetch '
+            'the set again')
     return x.flatten(1).float().div_(255), y.long()
 
-# %% ../nbs/tools/data.ipynb #408fb2ea
+# %% ../nbs/tools/data.ipynb #6d2ba58e
 def _glyphs(font: Path, size: int = 56) -> list[np.ndarray]:
     "The ten digits of a font, each fitted into 40 of `size` pixels, white on black"
     face, out = ImageFont.truetype(str(font), 64), []
@@ -280,7 +302,8 @@ def _glyphs(font: Path, size: int = 56) -> list[np.ndarray]:
         canvas = Image.new('L', (max(1, int(right - left)), max(1, int(bottom - top))))
         ImageDraw.Draw(canvas).text((-left, -top), d, fill=255, font=face)
         scale = 40 / max(canvas.size)
-        canvas = canvas.resize((max(1, round(canvas.width * scale)), max(1, round(canvas.height * scale))), Image.Resampling.BILINEAR)
+        new = max(1, round(canvas.width * scale)), max(1, round(canvas.height * scale))
+        canvas = canvas.resize(new, Image.Resampling.BILINEAR)
         page = Image.new('L', (size, size))
         page.paste(canvas, ((size - canvas.width) // 2, (size - canvas.height) // 2))
         out.append(np.asarray(page))
@@ -335,12 +358,12 @@ def make_digits(
         (folder / name).write_bytes(gzip.compress(head + a.numpy().tobytes(), 6, mtime=0))
     return folder
 
-# %% ../nbs/tools/data.ipynb #1c0a2b22
+# %% ../nbs/tools/data.ipynb #45e3f73f
 @dataclass(frozen=True)
 class Archive:
     "One file that a data set comes in"
     name: str # File name, in a mirror and in the cache
-    urls: tuple[str, ...] = () # Where it can be downloaded, tried in order; none for a reduced set that only mirrors hold
+    urls: tuple[str, ...] = () # Where it can be downloaded, tried in order; none for a set that only mirrors hold
     sha256: str | None = None # Of the whole file
     md5: str | None = None # As its publisher states it, where we could not compute a SHA-256
     size: int | None = None # Bytes
@@ -356,41 +379,51 @@ class Source:
     unpack: bool = True # Extract the archives? Otherwise they are kept as they are
     standin: Callable[[Path], object] | None = None # Writes a set of the same layout into an empty folder
 
-# %% ../nbs/tools/data.ipynb #5d6921db
+# %% ../nbs/tools/data.ipynb #d60e27de
 _mnist = 'https://ossci-datasets.s3.amazonaws.com/mnist/', 'http://yann.lecun.com/exdb/mnist/'
-_mnist_hashes = (
-    ('440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609', 9912422), ('3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c', 28881),
-    ('8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6', 1648877), ('f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6', 4542))
-_imagenette, _wiki = 'https://s3.amazonaws.com/fast-ai-imageclas/', 'https://s3.amazonaws.com/research.metamind.io/wikitext/'
+_mnist_hashes = (('440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609', 9912422),
+                 ('3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c', 28881),
+                 ('8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6', 1648877),
+                 ('f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6', 4542))
+_imagenette = 'https://s3.amazonaws.com/fast-ai-imageclas/'
+_wiki = 'https://s3.amazonaws.com/research.metamind.io/wikitext/'
 _imdb = 'https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz'
+_merity = 'Merity et al.: Pointer sentinel mixture models, 2016'
+
+def _published(base: str, name: str, md5: str) -> tuple[Archive]: return (Archive(name, (base + name,), md5=md5),)
+def _reduced(name: str, sha256: str, size: int) -> tuple[Archive]: return (Archive(name, (), sha256, size=size),)
+
 SOURCES = {s.name: s for s in (
-    Source('mnist', (tuple(Archive(n, tuple(u + n for u in _mnist), h, size=s) for n, (h, s) in zip(_idx_files, _mnist_hashes)),),
-           'CC BY-SA 3.0', 'LeCun, Cortes and Burges: The MNIST database of handwritten digits, 1998', unpack=False, standin=make_digits),
-    Source('imagenette', ((Archive('imagenette2-160.tgz', (_imagenette + 'imagenette2-160.tgz',), md5='e793b78cc4c9e9a4ccc0c1155377a412'),),
-                          (Archive('imagenette2-320.tgz', (_imagenette + 'imagenette2-320.tgz',), md5='3df6f0d01a2c9592104656642f5e78a3'),),
-                          (Archive('imagenette2.tgz', (_imagenette + 'imagenette2.tgz',), md5='fe2fc210e6bb7c5664d602c3cd71e612'),),
-                          (Archive('imagenette2-96.tgz', (), '066949c996743e2044555ed74f00d6196e8b0e6e10a4b5f3d2a6ea67a7abf499', size=30998289),)),
-           'ImageNet terms: non-commercial research and education', 'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019', 'imagenette2*'),
+    Source('mnist', (tuple(Archive(n, tuple(u + n for u in _mnist), h, size=s)
+                           for n, (h, s) in zip(_idx_files, _mnist_hashes)),), 'CC BY-SA 3.0',
+           'LeCun, Cortes and Burges: The MNIST database of handwritten digits, 1998', unpack=False, standin=make_digits),
+    Source('imagenette', (_published(_imagenette, 'imagenette2-160.tgz', 'e793b78cc4c9e9a4ccc0c1155377a412'),
+                          _published(_imagenette, 'imagenette2-320.tgz', '3df6f0d01a2c9592104656642f5e78a3'),
+                          _published(_imagenette, 'imagenette2.tgz', 'fe2fc210e6bb7c5664d602c3cd71e612'),
+                          _reduced('imagenette2-96.tgz', '066949c996743e2044555ed74f00d6196e8b0e6e10a4b5f3d2a6ea67a7abf499', 30998289)),
+           'ImageNet terms: non-commercial research and education',
+           'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019', 'imagenette2*'),
     Source('imdb', ((Archive('aclImdb_v1.tar.gz', (_imdb,), md5='7c2ac02c03563afcf9b574c7e56c153a'),),
-                    (Archive('imdb-10k.tar.xz', (), '8f61de6765af4fc2aa80703a4d7b14fe77d453c7f78c426668724641fd65a2cc', size=3965564),)),
+                    _reduced('imdb-10k.tar.xz', '8f61de6765af4fc2aa80703a4d7b14fe77d453c7f78c426668724641fd65a2cc', 3965564)),
            'cite when used', 'Maas et al.: Learning word vectors for sentiment analysis, 2011', '*[Ii]mdb*'),
-    Source('wikitext-2', ((Archive('wikitext-2-v1.zip', (_wiki + 'wikitext-2-v1.zip',), md5='542ccefacc6c27f945fb54453812b3cd'),),
-                          (Archive('wikitext-2.tar.xz', (), '41753a50369bcbf1faef3ef2e1b124a582ac95ed3624072d8568b0af9b1321db', size=3296468),)),
-           'CC BY-SA 3.0', 'Merity et al.: Pointer sentinel mixture models, 2016', 'wikitext-2'),
-    Source('wikitext-103', ((Archive('wikitext-103-v1.zip', (_wiki + 'wikitext-103-v1.zip',), md5='9ddaacaf6af0710eda8c456decff7832'),),),
-           'CC BY-SA 3.0', 'Merity et al.: Pointer sentinel mixture models, 2016', 'wikitext-103'),
-    Source('fsdd', ((Archive('fsdd-180.tar.xz', (), '923b5796ed27d547b356e41665cd3a05bfa874b98221c0c01a9011db1fbbac90', size=822740),),),
+    Source('wikitext-2', (_published(_wiki, 'wikitext-2-v1.zip', '542ccefacc6c27f945fb54453812b3cd'),
+                          _reduced('wikitext-2.tar.xz', '41753a50369bcbf1faef3ef2e1b124a582ac95ed3624072d8568b0af9b1321db', 3296468)),
+           'CC BY-SA 3.0', _merity, 'wikitext-2'),
+    Source('wikitext-103', (_published(_wiki, 'wikitext-103-v1.zip', '9ddaacaf6af0710eda8c456decff7832'),),
+           'CC BY-SA 3.0', _merity, 'wikitext-103'),
+    Source('fsdd', (_reduced('fsdd-180.tar.xz', '923b5796ed27d547b356e41665cd3a05bfa874b98221c0c01a9011db1fbbac90', 822740),),
            'CC BY-SA 4.0', 'Jackson et al.: Free Spoken Digit Dataset, 2018', 'fsdd'),
 )}
 
-# %% ../nbs/tools/data.ipynb #7c896f1a
+# %% ../nbs/tools/data.ipynb #0ce7e874
 def _flag(name: str) -> bool: return os.environ.get(name, '0') not in ('', '0')
 
 def _mirror() -> Path | None:
     "The folder that `DLFOUND_MIRROR` names"
     if not (name := os.environ.get('DLFOUND_MIRROR')): return None
     if not Path(name).expanduser().is_dir():
-        raise NotADirectoryError(f'DLFOUND_MIRROR is {name!r}, which is no folder: name the folder that holds the archives, or unset it')
+        raise NotADirectoryError(f'DLFOUND_MIRROR is {name!r}, which is no folder: name the folder that holds the '
+            'archives, or unset it')
     return Path(name).expanduser()
 
 def _in_mirror(source: Source, mirror: Path) -> tuple[tuple[Archive, Path], ...] | None:
@@ -400,7 +433,7 @@ def _in_mirror(source: Source, mirror: Path) -> tuple[tuple[Archive, Path], ...]
         if len({a for a, _ in found}) == len(choice): return found
     return None
 
-# %% ../nbs/tools/data.ipynb #a86d0fa1
+# %% ../nbs/tools/data.ipynb #fd5746d3
 @contextmanager
 def _lock(name: str) -> Iterator[Path]:
     "One process at a time works on a set; gives an empty folder to work in, removed afterwards"
@@ -415,26 +448,32 @@ def _lock(name: str) -> Iterator[Path]:
             try: yield work
             finally: shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT): raise OSError(e.errno, f'no space left for {name} in {home}: free some, or set DLFOUND_HOME to a folder on a larger disk') from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): raise PermissionError(e.errno, f'{home} cannot be written ({e}): set DLFOUND_HOME to a folder that is yours') from e
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(e.errno, f'no space left for {name} in {home}: free some, or set DLFOUND_HOME to a '
+                'folder on a larger disk') from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionError(e.errno, f'{home} cannot be written ({e}): set DLFOUND_HOME to a folder that is '
+                'yours') from e
         raise
 
 def _inside(folder: Path, source: Source) -> Path | None:
     "Where the set lies in a finished folder"
-    return next(iter(sorted(folder.glob(source.folder))), None) if source.folder and folder.is_dir() else folder if folder.is_dir() else None
+    if not folder.is_dir(): return None
+    return next(iter(sorted(folder.glob(source.folder))), None) if source.folder else folder
 
 def _finish(source: Source, archives: list[Path], work: Path, dest: Path) -> Path:
     "Unpack or copy verified archives, then give the folder its name in one step"
     new = work / 'new'
     new.mkdir()
     for a in archives: extract(a, new) if source.unpack else shutil.copyfile(a, new / a.name)
-    if _inside(new, source) is None: raise ValueError(f'the archive of {source.name} has no folder {source.folder}: it has changed at its source')
+    if _inside(new, source) is None:
+        raise ValueError(f'the archive of {source.name} has no folder {source.folder}: it has changed at its source')
     dest.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(dest, ignore_errors=True)
     new.rename(dest)
     return _inside(dest, source) or dest
 
-# %% ../nbs/tools/data.ipynb #7ccc5f32
+# %% ../nbs/tools/data.ipynb #852c324f
 def _answers(urls: list[str], seconds: float = 4) -> bool:
     "Does any of the hosts, or the proxy before them, accept a connection within `seconds`?"
     proxies, found, waiting = urllib.request.getproxies(), threading.Event(), []
@@ -446,7 +485,8 @@ def _answers(urls: list[str], seconds: float = 4) -> bool:
         u = urlsplit(url)
         proxy = None if urllib.request.proxy_bypass(u.hostname or '') else proxies.get(u.scheme)
         if proxy: u = urlsplit(proxy if '//' in proxy else '//' + proxy)
-        waiting.append(threading.Thread(target=knock, args=(u.hostname, u.port or (443 if u.scheme == 'https' else 80)), daemon=True))
+        port = u.port or (443 if u.scheme == 'https' else 80)
+        waiting.append(threading.Thread(target=knock, args=(u.hostname, port), daemon=True))
     for t in waiting: t.start()
     end = time.monotonic() + seconds
     while not found.is_set() and time.monotonic() < end and any(t.is_alive() for t in waiting): found.wait(.05)
@@ -464,20 +504,21 @@ def _tried_lately(minutes: float = 10) -> bool:
     mark = data_home() / '.unreachable'
     return mark.exists() and 0 <= time.time() - mark.stat().st_mtime < 60 * minutes
 
-# %% ../nbs/tools/data.ipynb #f1b077fa
+# %% ../nbs/tools/data.ipynb #5d67fdbc
 _taken: dict[str, tuple[Path, str]] = {}
 
 def _say(name: str, path: Path, how: str) -> Path:
     "Tell once which data a lesson got"
-    text = {'cache': 'the real data, from the cache', 'mirror': 'the real data, from the mirror', 'network': 'the real data, downloaded',
-            'stand-in': 'a STAND-IN that dlfound made, not the real data'}[how]
+    text = {'cache': 'the real data, from the cache', 'mirror': 'the real data, from the mirror',
+            'network': 'the real data, downloaded', 'stand-in': 'a STAND-IN that dlfound made, not the real data'}[how]
     if _taken.get(name, (None, ''))[0] != path: print(f'{name}: {text}')
     _taken[name] = path, how
     return path
 
 def _ways_out(source: Source) -> str:
     names = ' or '.join(' + '.join(a.name for a in c) for c in source.choices)
-    return f'Three ways out: connect to the network and try again; set DLFOUND_MIRROR to a folder that has {names}; or set DLFOUND_HOME to a cache that has {source.name}'
+    return (f'Three ways out: connect to the network and try again; set DLFOUND_MIRROR to a folder that has {names}; '
+            f'or set DLFOUND_HOME to a cache that has {source.name}')
 
 def _stand_in(source: Source) -> Path:
     dest = data_home() / 'standin' / source.name
@@ -491,20 +532,22 @@ def _stand_in(source: Source) -> Path:
             new.rename(dest)
     return dest
 
-# %% ../nbs/tools/data.ipynb #c3bfb69b
+# %% ../nbs/tools/data.ipynb #33ec211a
 def fetch(
     name: str, # A key of `SOURCES`
     standin: bool = True, # Take a stand-in when the network cannot be reached?
 ) -> Path: # The folder that holds the set
-    """The folder of a data set, from the cache, the mirror or the network, in this order; else a stand-in of the same layout.
+    """The folder of a data set, from the cache, the mirror or the network, in this order; else a stand-in.
 
-    Says once which it took. Raises `ConnectionError` when nothing can be had, `ValueError` for an unknown name or a wrong
-    hash, `OSError` for a full disk, a folder that cannot be written or a mirror that is no folder.
+    Says once which it took. Raises `ConnectionError` when nothing can be had, `ValueError` for an unknown name or a
+    wrong hash, `OSError` for a full disk, a folder that cannot be written or a mirror that is no folder.
     """
     if name not in SOURCES: raise ValueError(f'there is no data set {name!r}; there are {", ".join(SOURCES)}')
     source, dest = SOURCES[name], data_home() / name
     if _flag('DLFOUND_STANDIN'):
-        if not standin: raise ConnectionError(f'DLFOUND_STANDIN asks for stand-ins and the caller for the real {name}: unset DLFOUND_STANDIN')
+        if not standin:
+            raise ConnectionError(f'DLFOUND_STANDIN asks for stand-ins and the caller for the real {name}: unset '
+                'DLFOUND_STANDIN')
         return _say(name, _stand_in(source), 'stand-in')
     mirror = _mirror()
     if path := _inside(dest, source): return _say(name, path, 'cache')
@@ -512,11 +555,13 @@ def fetch(
         with _lock(name) as work:
             if path := _inside(dest, source): return _say(name, path, 'cache')
             for a, p in found:
-                if wrong := _differs(p, a.sha256, a.md5): raise ValueError(f'{p} is not the {a.name} we know: {wrong}. Replace it in the mirror')
+                if wrong := _differs(p, a.sha256, a.md5):
+                    raise ValueError(f'{p} is not the {a.name} we know: {wrong}. Replace it in the mirror')
             return _say(name, _finish(source, [p for _, p in found], work, dest), 'mirror')
     try:
         if _flag('DLFOUND_OFFLINE'): raise Unreachable('DLFOUND_OFFLINE is set')
-        if standin and source.standin and not mirror and _tried_lately(): raise Unreachable('it was not a few minutes ago')
+        if standin and source.standin and not mirror and _tried_lately():
+            raise Unreachable('it was not a few minutes ago')
         with _lock(name) as work:
             if path := _inside(dest, source): return _say(name, path, 'cache')
             archives = _from_network(source)
@@ -525,8 +570,12 @@ def fetch(
             return _say(name, path, 'network')
     except Unreachable as e:
         if not _flag('DLFOUND_OFFLINE'): (data_home() / '.unreachable').touch()
-        if mirror: raise ConnectionError(f'the mirror that DLFOUND_MIRROR names lacks {name}, and the network cannot be reached ({e}). {_ways_out(source)}') from e
-        if not standin: raise ConnectionError(f'the real {name} cannot be had: the network cannot be reached ({e}). {_ways_out(source)}') from e
+        if mirror:
+            raise ConnectionError(f'the mirror that DLFOUND_MIRROR names lacks {name}, and the network cannot be '
+                f'reached ({e}). {_ways_out(source)}') from e
+        if not standin:
+            raise ConnectionError(f'the real {name} cannot be had: the network cannot be reached ({e}). '
+                f'{_ways_out(source)}') from e
         return _say(name, _stand_in(source), 'stand-in')
 
 # %% ../nbs/tools/data.ipynb #59cb3357
@@ -534,14 +583,14 @@ def is_standin(name: str) -> bool: # Whether lessons work on a stand-in
     "Whether `fetch(name)` gives a stand-in, which it makes if need be"
     return fetch(name).is_relative_to(data_home() / 'standin')
 
-# %% ../nbs/tools/data.ipynb #8ae6e22d
+# %% ../nbs/tools/data.ipynb #93adab90
 def load_mnist(
     test: bool = False, # Give the 10,000 test images too? They are for last words, not for choosing
     standin: bool = True, # Take stand-in digits when the real ones cannot be had?
 ) -> tuple[Tensor, ...]: # `x_train, y_train, x_valid, y_valid`, then `x_test, y_test` if asked for
-    """MNIST as float32 images `(N, 784)` in 0…1 and int64 labels `(N,)`: 50,000 to train, the last 10,000 of 60,000 to validate.
+    """MNIST as float32 images `(N, 784)` in 0…1 and int64 labels `(N,)`: 50,000 to train, 10,000 to validate.
 
-    Stand-in digits come in the same form, 10,000 and 2,000. Raises what `fetch` raises, and `ValueError` for a damaged file.
+    Stand-in digits come in the same form, 10,000 and 2,000. Raises what `fetch` raises; `ValueError` if damaged.
     """
     folder = fetch('mnist', standin)
     x, y = _images_and_labels(folder, 0)

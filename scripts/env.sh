@@ -31,11 +31,15 @@ fi
 
 rm -f "$stamp"
 echo 'Installing dlfound, PyTorch and JupyterLab into .venv: a few minutes and up to 6 GB the first time'
-if [ -t 1 ]; then quiet=; else quiet=-qq; fi
-"$py" -m pip install $quiet --disable-pip-version-check --log .venv/install.log -e '.[dev]' || {
-    echo 'The installation failed: .venv/install.log has the details; run make again when the cause is mended' >&2
+failed() {
+    echo "The installation failed${1:-}; run make again when the cause is mended" >&2
     exit 1
 }
+if [ -t 1 ]; then "$py" -m pip install --disable-pip-version-check -e '.[dev]' || failed
+elif ! "$py" -m pip install -qq --disable-pip-version-check -e '.[dev]' > .venv/install.log 2>&1; then
+    tail -n 20 .venv/install.log >&2
+    failed ', and .venv/install.log has all of it'
+fi
 
 # Jupyter in this environment saves notebooks cleaned, shows no news, and touches no file outside .venv for either.
 mkdir -p .venv/etc/jupyter .venv/share/jupyter/lab/settings
