@@ -163,6 +163,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dlfound.minibatch._hire': ('minibatch.html#_hire', 'dlfound/minibatch.py'),
                                    'dlfound.minibatch._keys': ('minibatch.html#_keys', 'dlfound/minibatch.py'),
                                    'dlfound.minibatch._pass': ('minibatch.html#_pass', 'dlfound/minibatch.py'),
+                                   'dlfound.minibatch._portable': ('minibatch.html#_portable', 'dlfound/minibatch.py'),
                                    'dlfound.minibatch._same': ('minibatch.html#_same', 'dlfound/minibatch.py'),
                                    'dlfound.minibatch._seeded': ('minibatch.html#_seeded', 'dlfound/minibatch.py'),
                                    'dlfound.minibatch.accuracy': ('minibatch.html#accuracy', 'dlfound/minibatch.py'),

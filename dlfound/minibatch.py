@@ -6,19 +6,19 @@
 __all__ = ['logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'accuracy', 'Dataset', 'Sampler', 'BatchSampler', 'collate',
            'DataLoader', 'Epoch', 'fit']
 
-# %% ../nbs/03_minibatch.ipynb #999c15c5
+# %% ../nbs/03_minibatch.ipynb #f1533a05
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import chain, count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.utils.data
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset, default_convert, get_worker_info
+from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
 
 # %% ../nbs/03_minibatch.ipynb #6e3a9edd
 def logsumexp(
@@ -170,17 +170,17 @@ class BatchSampler:
         batches = order.split(self.batch_size) if len(order) else ()
         return iter(batches[:len(self)])
 
-# %% ../nbs/03_minibatch.ipynb #ba5e9994
+# %% ../nbs/03_minibatch.ipynb #6d3eeae9
 def collate(
-    samples: Sequence[Any], # Alike: tensors or arrays of one shape, numbers, strings, or tuples, lists, mappings of such
+    samples: Sequence[Any], # Alike: tensors or arrays of one shape, numbers, strings, or tuples, lists, dicts of them
 ) -> Any: # The same structure, with a first dimension more; strings stay a list
     "One batch of a list of samples, as PyTorch's default, but a tuple stays a tuple; errors say what differs"
     first = samples[0]
     if isinstance(first, Tensor):
         try: return torch.stack(list(samples))
         except RuntimeError as e:
-            shapes = sorted({tuple(s.shape) for s in samples})
-            raise ValueError(f'collate needs one shape, got {shapes}; resize or pad, or pass a collate_fn') from e
+            got = sorted({tuple(s.shape) for s in samples})
+            raise ValueError(f'collate needs one shape, got {got}; resize, pad, or pass a collate_fn') from e
     if isinstance(first, (np.ndarray, np.generic)) and first.dtype.kind not in 'SUO':
         return collate([torch.as_tensor(s) for s in samples])
     if isinstance(first, float): return torch.tensor(samples, dtype=torch.float64)
@@ -195,7 +195,7 @@ def collate(
             raise ValueError(f'collate needs samples of one length, got {sorted({len(s) for s in samples})}')
         parts = [collate(part) for part in zip(*samples)]
         return type(first)(*parts) if hasattr(first, '_fields') else type(first)(parts)
-    raise TypeError(f'collate cannot make a batch of {type(first).__name__}; return tensors, or pass a collate_fn')
+    raise TypeError(f'collate knows no batch of {type(first).__name__}; return tensors, or pass a collate_fn')
 
 # %% ../nbs/03_minibatch.ipynb #c4905148
 @contextmanager
@@ -214,24 +214,23 @@ def _seeded(base: int, number: int) -> Iterator[None]:
         np.random.set_state(kept[1])
         torch.set_rng_state(kept[2])
 
-# %% ../nbs/03_minibatch.ipynb #d4dac4c3
+# %% ../nbs/03_minibatch.ipynb #0fd51a72
 class _Batches:
     "Batches by their keys `(base, number, positions)`, the same in whatever process they are made"
     def __init__(self, loader: torch.utils.data.DataLoader):
         self.dataset, self.collate_fn = loader.dataset, loader.collate_fn
         self.single = loader.batch_sampler is None
-        kind = type(self.dataset)
-        rows = not hasattr(kind, '__getitems__') and getattr(kind, '__getitem__', None) in (
-            Dataset.__getitem__, TensorDataset.__getitem__)
-        self.tensors = self.dataset.tensors if rows and self.collate_fn is collate and not self.single else None # type: ignore[attr-defined]
+        kind, known = type(self.dataset), (Dataset.__getitem__, TensorDataset.__getitem__)
+        rows = getattr(kind, '__getitem__', None) in known and not hasattr(kind, '__getitems__')
+        whole = rows and self.collate_fn is collate and not self.single
+        self.tensors: tuple[Tensor, ...] | None = getattr(self.dataset, 'tensors') if whole else None
 
     def __getitem__(self, key: tuple[int, int, Any]) -> Any:
         base, number, positions = key
         if self.tensors is not None: return self._select(positions)
         with _seeded(base, number):
             try: return self.collate_fn(self._samples(positions))
-            except StopIteration as e:
-                raise RuntimeError(f'StopIteration from sample {positions}, which would silently end the epoch') from e
+            except Exception as e: raise _portable(e)
 
     def _select(self, positions: Any) -> tuple[Tensor, ...]:
         i = torch.as_tensor(positions, dtype=torch.int64)
@@ -249,7 +248,14 @@ class _Batches:
                 raise
         return samples
 
-# %% ../nbs/03_minibatch.ipynb #9598be0a
+def _portable(e: Exception) -> Exception:
+    "`e`, or an error that says the same if `e` would end an epoch in silence or could not be sent from a worker"
+    if not isinstance(e, StopIteration) and not (get_worker_info() and '<locals>' in type(e).__qualname__): return e
+    wrapped = RuntimeError(f'{type(e).__name__} while a batch was made: {e}')
+    wrapped.__cause__ = e
+    return wrapped
+
+# %% ../nbs/03_minibatch.ipynb #320c9710
 class _Stream(IterableDataset):
     "Batches of a stream, numbered across the workers; what a worker does depends on its number, the rest on `base`"
     def __init__(self, loader: torch.utils.data.DataLoader):
@@ -262,13 +268,26 @@ class _Stream(IterableDataset):
         with _seeded(base, -1): samples = iter(self.dataset)
         for number in count(*((info.id, info.num_workers) if info else (0, 1))):
             with _seeded(base, number):
-                batch = list(islice(samples, size))
-                if not batch or (self.drop_last and len(batch) < size): return
-                made = self.collate_fn(batch if self.batch_size else batch[0])
+                try:
+                    batch = list(islice(samples, size))
+                    if not batch or (self.drop_last and len(batch) < size): return
+                    made = self.collate_fn(batch if self.batch_size else batch[0])
+                except Exception as e: raise _portable(e)
             yield made
 
-# %% ../nbs/03_minibatch.ipynb #ddf48ad9
-class _Keys:
+# %% ../nbs/03_minibatch.ipynb #0a8e088f
+def _keys(loader: torch.utils.data.DataLoader, source: _Batches, base: int, start: int = 0) -> Iterator[Any]:
+    "The keys of an epoch from batch `start` on"
+    cut: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if loader.batch_size: cut = BatchSampler(loader.sampler, loader.batch_size, loader.drop_last)
+    whole = source.tensors is not None and getattr(type(loader.sampler), '__iter__', None) is Sampler.__iter__
+    fast = whole and loader.batch_size and not loader.num_workers
+    keys = ((base, number, positions) for number, positions in enumerate(cut.tensors() if fast else cut))
+    keys = islice(keys, start, None)
+    return chain(list(islice(keys, 1)), keys)
+
+# %% ../nbs/03_minibatch.ipynb #255e842f
+class _KeySampler:
     "The keys of the coming epoch, as a sampler for PyTorch's loader"
     keys: Iterator[Any] = iter(())
 
@@ -287,7 +306,23 @@ class _Start:
         object.__setattr__(info, 'dataset', info.dataset.dataset) # type: ignore[union-attr]
         if self.f: self.f(number)
 
-# %% ../nbs/03_minibatch.ipynb #54d2edcb
+def _hire(loader: torch.utils.data.DataLoader, source: Any, base: int, options: Mapping[str, Any]) -> Any:
+    "PyTorch's loader, set to fetch batches from `source` with the workers that `loader` asks for"
+    now = {k: getattr(loader, k, v) for k, v in options.items()}
+    now.update(worker_init_fn=_Start(loader.worker_init_fn), generator=torch.Generator().manual_seed(base))
+    sampler = None if isinstance(source, _Stream) else _KeySampler()
+    return torch.utils.data.DataLoader(
+        source, None, sampler=sampler, num_workers=loader.num_workers, collate_fn=_same, **now)
+
+def _fetch(batches: Iterator[Any]) -> Iterator[Any]:
+    "Batches from workers; after an error nothing may hold on to the iterator, or its workers linger for seconds"
+    try: yield from batches
+    except Exception as e:
+        del batches
+        e.__context__ = None
+        raise e.with_traceback(None)
+
+# %% ../nbs/03_minibatch.ipynb #291bc543
 class DataLoader(torch.utils.data.DataLoader):
     "PyTorch's loader, with tensors in memory indexed by whole batches, and the same batches from any number of workers"
     def __init__(
@@ -307,57 +342,50 @@ class DataLoader(torch.utils.data.DataLoader):
         if sampler is None and batch_sampler is None and not isinstance(dataset, IterableDataset):
             sampler, shuffle = Sampler(dataset, bool(shuffle), generator), None
         if collate_fn is None and batch_size is not None: collate_fn = collate
-        super().__init__(dataset, batch_size, shuffle, sampler, batch_sampler, num_workers, collate_fn, # type: ignore[arg-type]
+        super().__init__(dataset, batch_size, shuffle, sampler, batch_sampler, num_workers, collate_fn,
                          drop_last=drop_last, generator=generator, **kwargs)
-        self._options, self._workers = kwargs, None
+        self._options, self._crew = kwargs, cast(Any, None)
 
     def __iter__(self) -> Any: # Iterator over batches
         return self.batches()
 
     def batches(self, start: int = 0) -> Any: # Iterator over batches
         "The batches of a new epoch from number `start` on, those before it not made, to resume an interrupted one"
-        base = _draw(self.generator)
-        if isinstance(self.dataset, IterableDataset): return islice(self._made(_Stream(self), base), start, None)
-        maker = _Batches(self)
-        cut = self.batch_sampler if self.batch_sampler is not None else self.sampler
-        if self.batch_size is not None: cut = BatchSampler(self.sampler, self.batch_size, self.drop_last)
-        fast = maker.tensors is not None and not self.num_workers and isinstance(cut, BatchSampler)
-        numbered = enumerate(cut.tensors() if fast else cut)
-        keys = islice(((base, number, positions) for number, positions in numbered), start, None)
-        return self._made(maker, base, chain(list(islice(keys, 1)), keys))
-
-    def _made(self, source: _Batches | _Stream, base: int, keys: Iterator[Any] = iter(())) -> Iterator[Any]:
-        stream = isinstance(source, _Stream)
+        base, stream = _draw(self.generator), isinstance(self.dataset, IterableDataset)
+        source: Any = (_Stream if stream else _Batches)(self)
+        keys = iter(()) if stream else _keys(self, source, base, start)
+        crew = None
+        if self.num_workers or self.pin_memory:
+            crew = _hire(self, source, base, self._options) if self._crew is None else self._crew
+            if self.persistent_workers: self._crew = crew
+            crew.sampler.keys, source = keys, crew.dataset
         if stream: source.base.fill_(base)
-        if not self.num_workers and not self.pin_memory: return iter(source) if stream else (source[key] for key in keys)
-        if self._workers is None or not self.persistent_workers:
-            options = {k: getattr(self, k, v) for k, v in self._options.items()}
-            options.update(worker_init_fn=_Start(self.worker_init_fn), generator=torch.Generator().manual_seed(base))
-            self._workers = torch.utils.data.DataLoader(source, None, sampler=None if stream else _Keys(), # type: ignore[arg-type]
-                                                        num_workers=self.num_workers, collate_fn=_same, **options)
-        if stream: self._workers.dataset.base.fill_(base) # type: ignore[attr-defined]
-        else: self._workers.sampler.keys = keys # type: ignore[attr-defined]
-        return iter(self._workers)
+        if crew is None and not stream: return (source[key] for key in keys)
+        made = iter(source) if crew is None else _fetch(iter(crew))
+        return islice(made, start, None) if stream else made
 
-# %% ../nbs/03_minibatch.ipynb #11c810fb
+# %% ../nbs/03_minibatch.ipynb #ff0ca68e
 class Epoch(NamedTuple):
     "What an epoch of `fit` came to, averaged over examples"
     train_loss: float # While the model was changing
     valid_loss: float # At the end of the epoch
     accuracy: float # On the validation set, from 0 to 1
 
-def _pass(model: nn.Module, loss_func: Callable[[Any, Any], Tensor], dl: Iterable[Any], name: str,
-          opt: torch.optim.Optimizer | None = None) -> tuple[float, float]:
-    "Mean loss and accuracy over `dl`, training if there is an optimizer"
+def _pass(
+    model: nn.Module, loss_func: Callable[[Any, Any], Tensor], dl: Iterable[Any], name: str,
+    opt: torch.optim.Optimizer | None = None,
+) -> tuple[float, float]:
+    "Mean loss over `dl`, training if there is an optimizer, and mean accuracy if there is none"
     n, loss_sum, right = 0, torch.zeros(()), torch.zeros(())
     for xb, yb in dl:
         out = model(xb)
         loss = loss_func(out, yb)
-        if opt:
+        if opt is None: right = right + accuracy(out, yb) * len(yb)
+        else:
             opt.zero_grad()
             loss.backward()
             opt.step()
-        n, loss_sum, right = n + len(yb), loss_sum + loss.detach() * len(yb), right + accuracy(out.detach(), yb) * len(yb)
+        n, loss_sum = n + len(yb), loss_sum + loss.detach() * len(yb)
     if not n: raise ValueError(f'fit got no batch from {name}; is it empty, or shorter than a batch with drop_last?')
     return float(loss_sum) / n, float(right) / n
 

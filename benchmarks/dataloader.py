@@ -1,0 +1,62 @@
+"""Shuffled batches of tensors in memory, x and y, one thread: ours against PyTorch's loader, with fastai's beside them.
+
+Run it as `python benchmarks/dataloader.py`; it takes about a minute. fastai is measured where it is installed.
+"""
+from common import compare, row, save
+
+import torch
+import torch.utils.data
+
+from dlfound.minibatch import DataLoader, Dataset
+
+try: from fastai.data.load import DataLoader as FastaiLoader
+except ImportError: FastaiLoader = None
+
+
+def through(loader) -> int:
+    "Read an epoch"
+    n = 0
+    for _ in loader: n += 1
+    return n
+
+
+def selected(ds: Dataset, batch_size: int) -> int:
+    "The rows alone, without a loader: what is left to gain"
+    n = 0
+    for i in torch.randperm(len(ds)).split(batch_size):
+        ds.x.index_select(0, i), ds.y.index_select(0, i)
+        n += 1
+    return n
+
+
+class Spelled(Dataset):
+    "The same data one sample at a time, as a data set with work to do for each"
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+
+def batches(ds: Dataset, batch_size: int) -> list[dict]:
+    loaders = dict(ours=DataLoader(ds, batch_size, shuffle=True), torch=torch.utils.data.DataLoader(ds, batch_size, shuffle=True))
+    if FastaiLoader: loaders['fastai'] = FastaiLoader(ds, bs=batch_size, shuffle=True, num_workers=0)
+    counts = {name: through(loader) for name, loader in loaders.items()}
+    assert len(set(counts.values())) == 1 and set(next(iter(loaders['ours']))[1].tolist()) <= set(range(10)), counts
+    fs = {name: lambda loader=loader: through(loader) for name, loader in loaders.items()}
+    t = compare(fs | dict(index_select=lambda: selected(ds, batch_size)), repeat=9)
+    def rates(name): return dict(samples_per_s=len(ds) / t['ours'].median, peer_samples_per_s=len(ds) / t[name].median)
+    what = f'{len(ds)} × {ds.x.shape[1]}, batches of {batch_size}, against '
+    rows = [row(what + "PyTorch's loader", t['ours'], t['torch'], '>= 6', invert=True, **rates('torch'))]
+    if FastaiLoader: rows.append(row(what + "fastai's loader", t['ours'], t['fastai'], invert=True, **rates('fastai')))
+    return rows + [row(what + 'index_select alone', t['ours'], t['index_select'], invert=True, **rates('index_select'))]
+
+
+def samples(ds: Spelled, batch_size: int) -> dict:
+    "Where samples are made one at a time: the price of a seed for every batch"
+    t = compare(dict(ours=lambda: through(DataLoader(ds, batch_size, shuffle=True)), torch=lambda: through(torch.utils.data.DataLoader(ds, batch_size, shuffle=True))), repeat=7)
+    return row(f"{len(ds)} samples one at a time, batches of {batch_size}, against PyTorch's loader", t['ours'], t['torch'], invert=True)
+
+
+if __name__ == '__main__':
+    torch.manual_seed(0)
+    x, y = torch.rand(50_000, 784), torch.randint(10, (50_000,))
+    if not FastaiLoader: print('fastai is not installed, so it is left out: pip install fastai')
+    rows = [r for batch_size in (64, 512) for r in batches(Dataset(x, y), batch_size)]
+    save('dataloader', rows + [samples(Spelled(x[:10_000], y[:10_000]), 64)], packages=('fastai',))
