@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'data_home', 'Unreachable', 'download', 'extract', 'digit_fonts', 'make_digits', 'Archive', 'Source',
            'fetch', 'is_standin', 'load_mnist']
 
-# %% ../nbs/tools/data.ipynb #d514c53a
+# %% ../nbs/tools/data.ipynb #6c6b6b6e
 import bz2
 import errno
 import fcntl
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import stat
 import sys
 import tarfile
@@ -136,9 +137,13 @@ def download(
     sentence = f'cannot download {dest.name}. {"; ".join(failed)}. {advice}'
     raise OSError(sentence) if reached else Unreachable(sentence)
 
-# %% ../nbs/tools/data.ipynb #52aa0e01
+# %% ../nbs/tools/data.ipynb #5971b91a
 def _refuse(why: str) -> ValueError:
     return ValueError(f'archive refused: {why}. Nothing was extracted; get it again from a source you trust')
+
+def _fold(path: str) -> str:
+    "What a file system takes `path` for that ignores case and the spelling of accents"
+    return unicodedata.normalize('NFC', path).casefold()
 
 class _Names:
     "The names seen so far, compared as a file system would that ignores case"
@@ -149,34 +154,35 @@ class _Names:
         self.n += 1
         if self.n > self.max: raise _refuse(f'it has more than {self.max:,} members')
         parts = [p for p in name.split('/') if p not in ('', '.')]
-        if name.startswith('/') or '\\' in name or '\0' in name or re.match('[A-Za-z]:', name) or '..' in parts:
+        leaves = any(p == '..' or re.match('[A-Za-z]:', p) for p in parts)
+        if leaves or name.startswith('/') or '\\' in name or '\0' in name:
             raise _refuse(f'the member {name!r} would leave the folder')
         if not parts and not folder: raise _refuse('a member has no name')
         for i in range(1, len(parts) + 1):
             path, is_folder = '/'.join(parts[:i]), folder or i < len(parts)
-            key = unicodedata.normalize('NFC', path).casefold()
+            key = _fold(path)
             other, both = self.seen.setdefault(key, (path, None))
             if other != path: raise _refuse(f'the members {other!r} and {path!r} differ only in case')
             if both is not None and not (both and is_folder): raise _refuse(f'the member {path!r} is there twice')
             self.seen[key] = path, is_folder
         return '/'.join(parts)
 
-# %% ../nbs/tools/data.ipynb #069dea3a
+# %% ../nbs/tools/data.ipynb #4db13ad4
 class _Meter:
     "A stream of unpacked bytes, counted against the limits"
     def __init__(self, stream, packed: int, max_bytes: int, max_ratio: float):
-        self.stream, self.n, self.end = stream, 0, b''
+        self.stream, self.n = stream, 0
         self.limit = min(max_bytes, max(int(packed * max_ratio), 1 << 20))
         self.why = f'it unpacks to more than {max_bytes:,} bytes, or to more than {max_ratio:g} times its size'
 
     def read(self, n: int) -> bytes:
         "At most `n` bytes, and at most a mebibyte"
         chunk = self.stream.read(min(n, 1 << 20))
-        self.n, self.end = self.n + len(chunk), (self.end + chunk)[-512:]
+        self.n += len(chunk)
         if self.n > self.limit: raise _refuse(self.why)
         return chunk
 
-# %% ../nbs/tools/data.ipynb #346bf9ca
+# %% ../nbs/tools/data.ipynb #43f89c33
 def _copy(source, dest: Path, size: int | None = None) -> None:
     "Write a member to a new file, and see that it is whole"
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -196,30 +202,38 @@ def _unpack_zip(archive: Path, folder: Path, names: _Names, limits: tuple[int, f
             if m.is_dir(): path.mkdir(parents=True, exist_ok=True); continue
             with z.open(m) as meter.stream: _copy(meter, path, m.file_size)
 
+class _Strict(tarfile.TarInfo):
+    "A header that is damaged or missing is an error, where `tarfile` would take it for the end"
+    @classmethod
+    def fromtarfile(cls, tar):  # type: ignore
+        "The next header; only a block of zeros ends an archive"
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise  # type: ignore
+        except tarfile.HeaderError as e: raise EOFError(f'a header is missing or wrong: {e}') from e
+
 def _unpack_tar(meter: _Meter, folder: Path, names: _Names) -> None:
-    with tarfile.open(fileobj=meter, mode='r|') as tar:  # type: ignore
+    with tarfile.open(fileobj=meter, mode='r|', tarinfo=_Strict) as tar:  # type: ignore
         for m in tar:
             if not (m.isreg() or m.isdir()): raise _refuse(f'the member {m.name!r} is a link or a device')
             path = folder / names.add(m.name, m.isdir())
             if m.isdir(): path.mkdir(parents=True, exist_ok=True)
             else: _copy(tar.extractfile(m), path, m.size)
     while meter.read(1 << 20): pass
-    if meter.end.strip(b'\0'): raise EOFError('the archive ends in the middle')
 
 _openers = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
 
 def _is_tar(opener: Callable, archive: Path) -> bool:
     with opener(archive) as stream: return stream.read(512)[257:262] == b'ustar'
 
-# %% ../nbs/tools/data.ipynb #e362a67c
+# %% ../nbs/tools/data.ipynb #9797b649
 def _merge(new: Path, folder: Path) -> None:
     "Move what is in `new` into `folder`, if nothing there is in the way"
     if not folder.exists() or not any(folder.iterdir()): new.replace(folder); return
-    there = {str(p.relative_to(folder)).casefold(): p for p in folder.rglob('*')}
+    there = {_fold(str(p.relative_to(folder))): p for p in folder.rglob('*')}
     moves = [p for p in new.rglob('*') if p.is_file()]
     for p in new.rglob('*'):
-        old = there.get(str(p.relative_to(new)).casefold())
-        if old and not (old.is_dir() and p.is_dir() and old.name == p.name):
+        old = there.get(_fold(str(p.relative_to(new))))
+        if old and not (p.is_dir() and old.is_dir() and not old.is_symlink() and old.name == p.name):
             raise FileExistsError(f'{old} is there already; remove it, or extract to another folder. Nothing was '
                 'extracted')
     for p in sorted(new.rglob('*')):
@@ -433,7 +447,7 @@ def _in_mirror(source: Source, mirror: Path) -> tuple[tuple[Archive, Path], ...]
         if len({a for a, _ in found}) == len(choice): return found
     return None
 
-# %% ../nbs/tools/data.ipynb #fd5746d3
+# %% ../nbs/tools/data.ipynb #bc9a2cd0
 @contextmanager
 def _lock(name: str) -> Iterator[Path]:
     "One process at a time works on a set; gives an empty folder to work in, removed afterwards"
@@ -461,6 +475,17 @@ def _inside(folder: Path, source: Source) -> Path | None:
     if not folder.is_dir(): return None
     return next(iter(sorted(folder.glob(source.folder))), None) if source.folder else folder
 
+def _cached(source: Source) -> Path | None:
+    "The set in the cache, `None` if it is not there, an error if something else is"
+    dest = data_home() / source.name
+    path = _inside(dest, source)
+    whole = source.unpack or any(all((dest / a.name).is_file() and a.size in (None, (dest / a.name).stat().st_size)
+                                     for a in choice) for choice in source.choices)
+    if path and whole and any(path.iterdir()): return path
+    if dest.exists():
+        raise ValueError(f'{dest} is there and does not hold {source.name}: move it away, then fetch again')
+    return None
+
 def _finish(source: Source, archives: list[Path], work: Path, dest: Path) -> Path:
     "Unpack or copy verified archives, then give the folder its name in one step"
     new = work / 'new'
@@ -469,24 +494,26 @@ def _finish(source: Source, archives: list[Path], work: Path, dest: Path) -> Pat
     if _inside(new, source) is None:
         raise ValueError(f'the archive of {source.name} has no folder {source.folder}: it has changed at its source')
     dest.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(dest, ignore_errors=True)
     new.rename(dest)
     return _inside(dest, source) or dest
 
-# %% ../nbs/tools/data.ipynb #852c324f
+# %% ../nbs/tools/data.ipynb #974e9c40
 def _answers(urls: list[str], seconds: float = 4) -> bool:
     "Does any of the hosts, or the proxy before them, accept a connection within `seconds`?"
     proxies, found, waiting = urllib.request.getproxies(), threading.Event(), []
-    def knock(host, port):
+    def knock(host, port, tls):
         try:
-            with socket.create_connection((host, port), timeout=seconds): found.set()
+            with socket.create_connection((host, port), timeout=seconds) as s:
+                if tls: ssl.create_default_context().wrap_socket(s, server_hostname=host)
+                found.set()
+        except ssl.SSLCertVerificationError: found.set()
         except OSError: pass
     for url in urls:
         u = urlsplit(url)
         proxy = None if urllib.request.proxy_bypass(u.hostname or '') else proxies.get(u.scheme)
         if proxy: u = urlsplit(proxy if '//' in proxy else '//' + proxy)
         port = u.port or (443 if u.scheme == 'https' else 80)
-        waiting.append(threading.Thread(target=knock, args=(u.hostname, port), daemon=True))
+        waiting.append(threading.Thread(target=knock, args=(u.hostname, port, u.scheme == 'https'), daemon=True))
     for t in waiting: t.start()
     end = time.monotonic() + seconds
     while not found.is_set() and time.monotonic() < end and any(t.is_alive() for t in waiting): found.wait(.05)
@@ -532,7 +559,7 @@ def _stand_in(source: Source) -> Path:
             new.rename(dest)
     return dest
 
-# %% ../nbs/tools/data.ipynb #33ec211a
+# %% ../nbs/tools/data.ipynb #58abf2b0
 def fetch(
     name: str, # A key of `SOURCES`
     standin: bool = True, # Take a stand-in when the network cannot be reached?
@@ -550,10 +577,10 @@ def fetch(
                 'DLFOUND_STANDIN')
         return _say(name, _stand_in(source), 'stand-in')
     mirror = _mirror()
-    if path := _inside(dest, source): return _say(name, path, 'cache')
+    if path := _cached(source): return _say(name, path, 'cache')
     if mirror and (found := _in_mirror(source, mirror)):
         with _lock(name) as work:
-            if path := _inside(dest, source): return _say(name, path, 'cache')
+            if path := _cached(source): return _say(name, path, 'cache')
             for a, p in found:
                 if wrong := _differs(p, a.sha256, a.md5):
                     raise ValueError(f'{p} is not the {a.name} we know: {wrong}. Replace it in the mirror')
@@ -563,7 +590,7 @@ def fetch(
         if standin and source.standin and not mirror and _tried_lately():
             raise Unreachable('it was not a few minutes ago')
         with _lock(name) as work:
-            if path := _inside(dest, source): return _say(name, path, 'cache')
+            if path := _cached(source): return _say(name, path, 'cache')
             archives = _from_network(source)
             path = _finish(source, archives, work, dest)
             for a in archives: a.unlink()

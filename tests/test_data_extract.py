@@ -85,7 +85,7 @@ def test_gz_of_one_file(place):
     assert snapshot(extract(place / 'x.idx.gz', place / 'new')) == {'x.idx': b'data'}
 
 
-outside = ['../x', 'a/../../x', '/x', '//x', 'C:/x', 'c:x', '..\\x', 'a\\..\\..\\x', '..']
+outside = ['../x', 'a/C:/x', 'a/../../x', '/x', '//x', 'C:/x', 'c:x', '..\\x', 'a\\..\\..\\x', '..']
 
 
 @pytest.mark.parametrize('name', outside)
@@ -129,6 +129,32 @@ def test_names_that_collide(place, names): refused(place, make_tar(place / 'a', 
 
 @pytest.mark.parametrize('name', ['mine.txt', 'MINE.TXT', 'mine.txt/x'])
 def test_a_file_that_is_there(place, name): refused(place, make_tar(place / 'a', ('new', b''), (name, b'')), 'is there already')
+
+
+def test_a_link_in_the_target_is_not_followed(place):
+    (place / 'elsewhere').mkdir()
+    (place / 'in/target/d').symlink_to(place / 'elsewhere')
+    refused(place, make_tar(place / 'a', ('d/x', b'1')), 'is there already')
+    assert list((place / 'elsewhere').iterdir()) == []
+
+
+def test_an_accent_spelt_differently_is_there(place):
+    (place / 'in/target/\u00e9').write_text('mine')
+    refused(place, make_tar(place / 'a', ('e\u0301', b'1')), 'is there already')
+
+
+@pytest.mark.parametrize('at', [100, 512 + 512 + 100])
+def test_damaged_header(place, at):
+    raw = bytearray(tar_bytes(('a', b'1'), ('b', b'2'), ('c', b'3')))
+    raw[at] ^= 255
+    (place / 'a').write_bytes(gzip.compress(bytes(raw)))
+    refused(place, place / 'a', 'damaged')
+
+
+def test_cut_at_a_member(place):
+    raw = tar_bytes(('a', b'1' * 512), ('b', bytes(512)))
+    (place / 'a').write_bytes(gzip.compress(raw[:4 * 512]))
+    refused(place, place / 'a', 'damaged')
 
 
 def test_target_is_a_file(place):

@@ -196,6 +196,23 @@ def test_set_without_stand_in(home, toy, nobody):
     with pytest.raises(ConnectionError, match='no stand-in.*Three ways out'): fetch('toy')
 
 
+def test_what_is_not_the_set_is_no_cache(home, mirror):
+    (home / 'imdb').mkdir(parents=True)
+    with pytest.raises(ValueError, match='does not hold imdb: move it away'): fetch('imdb')
+    make_digits(home / 'mnist', 20, 10, 10)
+    with pytest.raises(ValueError, match='does not hold mnist: move it away'): fetch('mnist', standin=False)
+    assert len(list((home / 'mnist').iterdir())) == 4
+
+
+def test_a_firewall_that_swallows_tls(home, toy):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(5)
+        toy(f'https://127.0.0.1:{s.getsockname()[1]}/toy.tgz')
+        start = time.time()
+        assert (fetch('toy') / 'x').read_text() == 'stand-in' and time.time() - start < 6
+
+
 def test_unknown_set(home):
     with pytest.raises(ValueError, match='mnist'): fetch('minst')
 
@@ -295,9 +312,10 @@ def test_killed_in_the_middle_then_done_again(home, big):
 
 
 @pytest.fixture
-def digits(home):
-    make_digits(home / 'mnist', 60, 12, 20, seed=1)
-    return home / 'mnist'
+def digits(home, monkeypatch):
+    monkeypatch.setenv('DLFOUND_STANDIN', '1')
+    make_digits(home / 'standin/mnist', 60, 12, 20, seed=1)
+    return home / 'standin/mnist'
 
 
 def test_load_mnist_reads_the_idx_files(digits):
