@@ -5,7 +5,7 @@ Run it as `python benchmarks/dataloader.py`; it takes about a minute. fastai is 
 from common import compare, row, save
 
 import torch
-import torch.utils.data
+from torch.utils.data import TensorDataset
 
 from dlfound.minibatch import DataLoader, Dataset
 
@@ -35,8 +35,10 @@ class Spelled(Dataset):
 
 
 def batches(ds: Dataset, batch_size: int) -> list[dict]:
-    loaders = dict(ours=DataLoader(ds, batch_size, shuffle=True), torch=torch.utils.data.DataLoader(ds, batch_size, shuffle=True))
-    if FastaiLoader: loaders['fastai'] = FastaiLoader(ds, bs=batch_size, shuffle=True, num_workers=0)
+    "Each loader over the data set that comes with it; PyTorch's loader over ours, too"
+    plain, torch_loader = TensorDataset(*ds.tensors), torch.utils.data.DataLoader
+    loaders = dict(ours=DataLoader(ds, batch_size, shuffle=True), torch=torch_loader(plain, batch_size, shuffle=True), mixed=torch_loader(ds, batch_size, shuffle=True))
+    if FastaiLoader: loaders['fastai'] = FastaiLoader(plain, bs=batch_size, shuffle=True, num_workers=0)
     counts = {name: through(loader) for name, loader in loaders.items()}
     assert len(set(counts.values())) == 1 and set(next(iter(loaders['ours']))[1].tolist()) <= set(range(10)), counts
     fs = {name: lambda loader=loader: through(loader) for name, loader in loaders.items()}
@@ -44,6 +46,7 @@ def batches(ds: Dataset, batch_size: int) -> list[dict]:
     def rates(name): return dict(samples_per_s=len(ds) / t['ours'].median, peer_samples_per_s=len(ds) / t[name].median)
     what = f'{len(ds)} × {ds.x.shape[1]}, batches of {batch_size}, against '
     rows = [row(what + "PyTorch's loader", t['ours'], t['torch'], '>= 6', invert=True, **rates('torch'))]
+    rows.append(row(what + "PyTorch's over our Dataset", t['ours'], t['mixed'], invert=True, **rates('mixed')))
     if FastaiLoader: rows.append(row(what + "fastai's loader", t['ours'], t['fastai'], invert=True, **rates('fastai')))
     return rows + [row(what + 'index_select alone', t['ours'], t['index_select'], invert=True, **rates('index_select'))]
 

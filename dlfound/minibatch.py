@@ -6,12 +6,12 @@
 __all__ = ['logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'accuracy', 'Dataset', 'Sampler', 'BatchSampler', 'collate',
            'DataLoader', 'Epoch', 'fit']
 
-# %% ../nbs/03_minibatch.ipynb #f1533a05
+# %% ../nbs/03_minibatch.ipynb #cd65a514
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from hashlib import blake2b
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -140,7 +140,7 @@ def _draw(generator: torch.Generator | None) -> int:
     "A number of 63 random bits, from the global generator if there is no other"
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
-# %% ../nbs/03_minibatch.ipynb #bd66b087
+# %% ../nbs/03_minibatch.ipynb #80000e68
 class BatchSampler:
     "Cuts the positions that a sampler gives into batches"
     def __init__(
@@ -161,14 +161,6 @@ class BatchSampler:
         positions = iter(self.sampler)
         while batch := list(islice(positions, self.batch_size)):
             if len(batch) == self.batch_size or not self.drop_last: yield batch
-
-    def tensors(self) -> Iterator[Tensor]: # int64, one tensor a batch
-        "The same batches as tensors, fast if the sampler is a `Sampler`"
-        if not isinstance(self.sampler, Sampler) or type(self.sampler).__iter__ is not Sampler.__iter__:
-            return (torch.tensor(batch, dtype=torch.int64) for batch in self)
-        order = self.sampler.order()
-        batches = order.split(self.batch_size) if len(order) else ()
-        return iter(batches[:len(self)])
 
 # %% ../nbs/03_minibatch.ipynb #6d3eeae9
 def collate(
@@ -197,6 +189,13 @@ def collate(
         return type(first)(*parts) if hasattr(first, '_fields') else type(first)(parts)
     raise TypeError(f'collate knows no batch of {type(first).__name__}; return tensors, or pass a collate_fn')
 
+# %% ../nbs/03_minibatch.ipynb #23284eb1
+def _rows(tensors: Sequence[Tensor], order: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
+    "Batches of `size` rows of all `tensors`, in the given order"
+    if not len(order): return iter(())
+    torch.empty(30 << 20, dtype=torch.uint8) # glibc then keeps freed pieces up to this size; it heeds none over 32 MiB
+    return zip(*[map(t.index_select, repeat(0), order.to(t.device).split(size)) for t in tensors])
+
 # %% ../nbs/03_minibatch.ipynb #c4905148
 @contextmanager
 def _seeded(base: int, number: int) -> Iterator[None]:
@@ -214,7 +213,7 @@ def _seeded(base: int, number: int) -> Iterator[None]:
         np.random.set_state(kept[1])
         torch.set_rng_state(kept[2])
 
-# %% ../nbs/03_minibatch.ipynb #0fd51a72
+# %% ../nbs/03_minibatch.ipynb #33705fd7
 class _Batches:
     "Batches by their keys `(base, number, positions)`, the same in whatever process they are made"
     def __init__(self, loader: torch.utils.data.DataLoader):
@@ -234,7 +233,7 @@ class _Batches:
 
     def _select(self, positions: Any) -> tuple[Tensor, ...]:
         i = torch.as_tensor(positions, dtype=torch.int64)
-        if i is not positions: i = torch.where(i < 0, i + len(self.dataset), i) # type: ignore[arg-type]
+        i = torch.where(i < 0, i + len(self.dataset), i) # type: ignore[arg-type]
         return tuple(t.index_select(0, i.to(t.device)) for t in self.tensors or ())
 
     def _samples(self, positions: Any) -> Any:
@@ -275,18 +274,15 @@ class _Stream(IterableDataset):
                 except Exception as e: raise _portable(e)
             yield made
 
-# %% ../nbs/03_minibatch.ipynb #0a8e088f
-def _keys(loader: torch.utils.data.DataLoader, source: _Batches, base: int, start: int = 0) -> Iterator[Any]:
+# %% ../nbs/03_minibatch.ipynb #1e140037
+def _keys(loader: torch.utils.data.DataLoader, base: int, start: int = 0) -> Iterator[Any]:
     "The keys of an epoch from batch `start` on"
     cut: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if loader.batch_size: cut = BatchSampler(loader.sampler, loader.batch_size, loader.drop_last)
-    whole = source.tensors is not None and getattr(type(loader.sampler), '__iter__', None) is Sampler.__iter__
-    fast = whole and loader.batch_size and not loader.num_workers
-    keys = ((base, number, positions) for number, positions in enumerate(cut.tensors() if fast else cut))
-    keys = islice(keys, start, None)
+    keys = islice(((base, number, positions) for number, positions in enumerate(cut)), start, None)
     return chain(list(islice(keys, 1)), keys)
 
-# %% ../nbs/03_minibatch.ipynb #255e842f
+# %% ../nbs/03_minibatch.ipynb #44edbbce
 class _KeySampler:
     "The keys of the coming epoch, as a sampler for PyTorch's loader"
     keys: Iterator[Any] = iter(())
@@ -306,13 +302,13 @@ class _Start:
         object.__setattr__(info, 'dataset', info.dataset.dataset) # type: ignore[union-attr]
         if self.f: self.f(number)
 
-def _hire(loader: torch.utils.data.DataLoader, source: Any, base: int, options: Mapping[str, Any]) -> Any:
-    "PyTorch's loader, set to fetch batches from `source` with the workers that `loader` asks for"
-    now = {k: getattr(loader, k, v) for k, v in options.items()}
-    now.update(worker_init_fn=_Start(loader.worker_init_fn), generator=torch.Generator().manual_seed(base))
+def _hire(loader: Any, source: Any, base: int) -> Any:
+    "PyTorch's loader, set to fetch batches from `source` with the workers and options of `loader`"
+    options = {k: getattr(loader, k, v) for k, v in loader._options.items()}
+    options.update(worker_init_fn=_Start(loader.worker_init_fn), generator=torch.Generator().manual_seed(base))
     sampler = None if isinstance(source, _Stream) else _KeySampler()
     return torch.utils.data.DataLoader(
-        source, None, sampler=sampler, num_workers=loader.num_workers, collate_fn=_same, **now)
+        source, None, sampler=sampler, num_workers=loader.num_workers, collate_fn=_same, **options)
 
 def _fetch(batches: Iterator[Any]) -> Iterator[Any]:
     "Batches from workers; after an error nothing may hold on to the iterator, or its workers linger for seconds"
@@ -322,7 +318,18 @@ def _fetch(batches: Iterator[Any]) -> Iterator[Any]:
         e.__context__ = None
         raise e.with_traceback(None)
 
-# %% ../nbs/03_minibatch.ipynb #291bc543
+def _made(loader: Any, source: Any, base: int, keys: Iterator[Any] = iter(())) -> Iterator[Any]:
+    "The batches of an epoch, made here or by workers, which stay for the next epoch if they are persistent"
+    stream, crew = isinstance(source, _Stream), loader._crew
+    if loader.num_workers or loader.pin_memory:
+        if crew is None: crew = _hire(loader, source, base)
+        if loader.persistent_workers: loader._crew = crew
+        crew.sampler.keys, source = keys, crew.dataset
+    if stream: source.base.fill_(base)
+    if crew is not None: return _fetch(iter(crew))
+    return iter(source) if stream else (source[key] for key in keys)
+
+# %% ../nbs/03_minibatch.ipynb #63c222a2
 class DataLoader(torch.utils.data.DataLoader):
     "PyTorch's loader, with tensors in memory indexed by whole batches, and the same batches from any number of workers"
     def __init__(
@@ -351,18 +358,13 @@ class DataLoader(torch.utils.data.DataLoader):
 
     def batches(self, start: int = 0) -> Any: # Iterator over batches
         "The batches of a new epoch from number `start` on, those before it not made, to resume an interrupted one"
-        base, stream = _draw(self.generator), isinstance(self.dataset, IterableDataset)
-        source: Any = (_Stream if stream else _Batches)(self)
-        keys = iter(()) if stream else _keys(self, source, base, start)
-        crew = None
-        if self.num_workers or self.pin_memory:
-            crew = _hire(self, source, base, self._options) if self._crew is None else self._crew
-            if self.persistent_workers: self._crew = crew
-            crew.sampler.keys, source = keys, crew.dataset
-        if stream: source.base.fill_(base)
-        if crew is None and not stream: return (source[key] for key in keys)
-        made = iter(source) if crew is None else _fetch(iter(crew))
-        return islice(made, start, None) if stream else made
+        base = _draw(self.generator)
+        if isinstance(self.dataset, IterableDataset): return islice(_made(self, _Stream(self), base), start, None)
+        maker, local = _Batches(self), not (self.num_workers or self.pin_memory)
+        known = self.batch_size and getattr(type(self.sampler), '__iter__', None) is Sampler.__iter__
+        if not (known and local and maker.tensors): return _made(self, maker, base, _keys(self, base, start))
+        size, order = self.batch_size or 1, cast(Sampler, self.sampler).order()
+        return _rows(maker.tensors, order[start * size:len(self) * size], size)
 
 # %% ../nbs/03_minibatch.ipynb #ff0ca68e
 class Epoch(NamedTuple):

@@ -98,11 +98,13 @@ def execute(path: Path, flags: list[str], offset: int = 0) -> tuple[dict, list[s
 class StandIn(Exception): pass
 
 
-def save(path: Path, nb: dict, ran: list[str], seconds: float) -> None:
-    "Write the cleaned notebook, its labelled figures and its line in the manifest"
+def save(path: Path, nb: dict, ran: list[str], seconds: float, flags: list[str]) -> None:
+    "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a run without flags"
     clean_nb(nb)
     write_nb(dict2nb(nb), path)
-    record, now, before = manifest(), hashes(read(path)), manifest().get(key(path), {}).get('cells', {})
+    record, now, old = manifest(), hashes(read(path)), manifest().get(key(path), {})
+    before = old.get('cells', {})
+    if flags: seconds = old.get('seconds', seconds)
     record[key(path)] = dict(seconds=round(seconds), cells={i: h if i in ran else before.get(i, h if not has_outputs(path, i) else '') for i, h in now.items()})
     record = {k: v for k, v in record.items() if (root / 'nbs' / k).exists()}
     save_manifest(record)
@@ -139,7 +141,7 @@ def main() -> int:
                 print(f'REFUSED {what}: it ran on the stand-in for {", ".join(e.args[0])}; saved outputs come from real data only: '
                       'set DLFOUND_MIRROR to a folder that has the archives, or connect to the network. Nothing saved', file=sys.stderr)
             else:
-                if not offset: save(path, nb, ran, seconds)
+                if not offset: save(path, nb, ran, seconds, a.flags.split())
                 print(f'{"passed" if offset else "saved"}  {what}: {seconds:.0f} s' + (f', {seeds} seeds shifted' if offset else ''))
     return min(failed, 1)
 

@@ -264,7 +264,10 @@ def test_a_firewall_that_swallows_packets(home, toy, monkeypatch):
 
 
 def test_a_resolver_that_hangs(home, toy, monkeypatch):
-    monkeypatch.setattr(socket, 'getaddrinfo', lambda *a, **k: time.sleep(8))
+    def hangs(*args, **kwargs):
+        time.sleep(8)
+        raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', hangs)
     toy('http://example.invalid/toy.tgz')
     start = time.time()
     assert (fetch('toy') / 'x').read_text() == 'stand-in' and time.time() - start < 6

@@ -515,9 +515,7 @@ def test_batch_sampler(n, size, drop, shuffle, seed):
     def make(): return BatchSampler(Sampler(range(n), shuffle, gen(seed)), size, drop)
     lists = list(make())
     assert lists == list(theirs.BatchSampler(Sampler(range(n), shuffle, gen(seed)), size, drop))
-    assert lists == [t.tolist() for t in make().tensors()] and len(lists) == len(make())
-    assert all(t.dtype == torch.int64 for t in make().tensors())
-    assert [t.tolist() for t in BatchSampler(list(range(n)), size, drop).tensors()] == list(BatchSampler(list(range(n)), size, drop))
+    assert len(lists) == len(make())
 
 
 @pytest.mark.parametrize('size', [0, -1, 2.5, True, None, '3'])
