@@ -260,6 +260,23 @@ def test_the_global_generators_are_left_alone(workers):
     assert state() == before
 
 
+class Nested(Noisy):
+    "Reads a loader of its own between two draws"
+    def __getitem__(self, i):
+        first = random.random(), np.random.randn(), torch.rand(())
+        flat(DataLoader(Noisy(2), 2, generator=gen(i)))
+        return (*first, random.random(), np.random.randn(), torch.rand(()))
+
+
+class Sixfold(Noisy):
+    "The draws of `Nested`, with nothing between them"
+    def __getitem__(self, i): return random.random(), np.random.randn(), torch.rand(()), random.random(), np.random.randn(), torch.rand(())
+
+
+def test_scopes_may_be_nested():
+    assert flat(DataLoader(Nested(4), 2, generator=gen(0))) == flat(DataLoader(Sixfold(4), 2, generator=gen(0)))
+
+
 def test_the_global_generator_moves_alike():
     def after(workers):
         torch.manual_seed(0)
