@@ -47,7 +47,7 @@ def test_unknown_notebook(tree):
 
 def test_seeds_are_shifted_and_nothing_is_saved(tree):
     path = tree / 'nbs/02_third.ipynb'
-    write(path, lesson('third', ['import torch, random', 'torch.manual_seed(3); a = torch.initial_seed()', 'g = torch.Generator().manual_seed(5)', 'def f(seed=None): return seed\nb = f(seed=7), f(seed=None)',
+    write(path, lesson('third', ['import torch, random', 'torch.manual_seed(3); a = torch.initial_seed()', 'g = torch.Generator().manual_seed(5)', '#| export\nassert torch.Generator().manual_seed(9).initial_seed() == 9', 'def f(seed=None): return seed\nb = f(seed=7), f(seed=None)',
                                  'assert (a, g.initial_seed(), b) == (3, 5, (7, None)), (a, g.initial_seed(), b)']))
     before = path.read_bytes()
     done = script(tree, 'run.py', '--seeds', '2', '02')
