@@ -42,7 +42,7 @@ def grad_check(
         picks = [tuple(torch.unravel_index(i, x.shape)) for i in torch.randperm(x.numel())[:n]]
         found = torch.tensor([_central_difference(f, inputs, x, at, eps) for at in picks], dtype=torch.float64)
         given = torch.tensor([float(grad[at]) for at in picks], dtype=torch.float64)
-        largest = torch.cat([found.abs(), given.abs(), torch.tensor([1e-300])]).max()
+        largest = torch.cat([found.abs(), given.abs(), found.new_tensor([1e-300])]).max()
         worst += ((found - given).abs() / largest).tolist()
     return float(torch.tensor(worst).max())
 
@@ -211,6 +211,8 @@ def unbroadcast(
 # %% ../nbs/01_backprop.ipynb #2b0dce49
 class Node:
     "A tensor that remembers what it was made from"
+    __array_ufunc__ = None # NumPy leaves `array * node` to the node
+
     def __init__(
         self,
         data: Any, # Number, array or tensor of floats; a tensor is not copied
@@ -242,7 +244,9 @@ class Node:
                 waiting[parent] = waiting[parent] + share if parent in waiting else share
 
 # %% ../nbs/01_backprop.ipynb #c66d1d6b
-def _raw(x: Any) -> Any: return x.data if isinstance(x, Node) else x
+def _raw(x: Any) -> Any:
+    "Tensor or number in `x`, which may be a node or an array"
+    return x.data if isinstance(x, Node) else x if isinstance(x, (int, float)) else torch.as_tensor(x)
 
 def _power(a: Any, b: Any) -> tuple[Tensor, list]:
     "Result and edges of `a ** b`"

@@ -99,6 +99,16 @@ def test_mse(shape, dtype, layout, seed):
     assert_close(loss.backward(), leaf.grad)
 
 @thorough
+@given(shapes, dtypes, seeds)
+def test_mse_scaled(shape, dtype, seed):
+    assume(0 not in shape)
+    pred, target = randn(shape, dtype, seed), randn(shape, dtype, seed + 1)
+    out, arriving, (grad,) = reference(lambda p: F.mse_loss(p, target), (pred,), seed + 2)
+    loss = MSE()
+    assert_close(loss(pred, target), out)
+    assert_close(loss.backward(arriving), grad)
+
+@thorough
 @given(st.lists(dims, min_size=2, max_size=5), shapes, dtypes, seeds)
 def test_sequential_is_the_same_net_in_torch(sizes, lead, dtype, seed):
     assume(0 not in lead)
@@ -173,6 +183,17 @@ def test_normalize(shape, dtype, seed):
     x = randn(shape, dtype, seed)
     assert_close(normalize(x, 2., .5), (x - 2) / .5)
 
+@thorough
+@given(st.integers(2, 5), dims, dtypes, seeds)
+def test_normalize_by_column(n, m, dtype, seed):
+    x = randn((n, m), dtype, seed)
+    mean, std = x.mean(0), x.std(0) + .1
+    out, arriving, (grad,) = reference(lambda t: F.batch_norm(t, mean, std**2, eps=0.), (x,), seed + 1)
+    leaf = x.clone().requires_grad_()
+    ours = normalize(leaf, mean, std)
+    assert_close(ours.detach(), out)
+    assert_close(torch.autograd.grad(ours, leaf, arriving)[0], grad)
+
 def test_normalize_refuses_a_constant():
     x = torch.tensor([[1., 2.], [1., 4.]])
     with pytest.raises(ValueError, match='std > 0'): normalize(x, x.mean(0), x.std(0))
@@ -190,6 +211,11 @@ def test_grad_check_passes_the_right_and_stops_the_wrong(shape, layout, seed):
     assert grad_check(f, [x], [-right]) > 1
     assert math.isnan(grad_check(f, [x], [right * float('nan')]))
     assert_close(x, before, rtol=0, atol=0)
+
+def test_grad_check_of_a_gradient_that_is_zero():
+    x = torch.ones(3).double()
+    assert grad_check(lambda t: (0 * t).sum(), [x], [torch.zeros(3)]) == 0
+    assert grad_check(lambda t: (0 * t).sum(), [x], [torch.full((3,), 1e-9).double()]) == 1
 
 def test_grad_check_sees_tensors_that_f_reads_for_itself():
     layer, x = Linear(3, 2, torch.float64), torch.randn(4, 3).double()
@@ -268,6 +294,17 @@ def test_constants_on_either_side(pair, seed):
     a, c = randn(pair[0], torch.float64, seed).abs() + .5, randn(pair[1], torch.float64, seed + 1).abs() + .5
     for f in (lambda a: c + a, lambda a: c - a, lambda a: c * a, lambda a: c / a, lambda a: c**a, lambda a: a**c, lambda a: a / c):
         check_tape(f, (a,), seed + 2)
+
+@pytest.mark.parametrize('f', [lambda a, c: a + c, lambda a, c: c + a, lambda a, c: a - c, lambda a, c: c - a, lambda a, c: a * c, lambda a, c: c * a,
+                               lambda a, c: a / c, lambda a, c: c / a, lambda a, c: a**c, lambda a, c: c**a, lambda a, c: a @ c, lambda a, c: c @ a])
+def test_numpy_arrays_on_either_side(f):
+    a, c = torch.rand(3, 3).double() + .5, np.random.default_rng(0).random((3, 3)) + .5
+    leaf, value = a.clone().requires_grad_(), Value(a)
+    expected, ours = f(leaf, torch.as_tensor(c)), f(value, c)
+    assert isinstance(ours, Value)
+    expected.sum().backward()
+    ours.sum().backward()
+    assert_close((ours.data, value.grad), (expected.detach(), leaf.grad))
 
 def test_constant_matrices_on_either_side():
     a, c = torch.randn(3, 3), torch.randn(3, 3)
