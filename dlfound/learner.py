@@ -671,13 +671,13 @@ class SanityCheck(_LossWatch):
 
     def after_pred(self) -> None:
         if not self.training: return
-        sanity.check_inputs(self.inputs()[0])
-        sanity.check_target(self.loss_func, self.pred, self.learn.target())
+        sanity.check_inputs(self.inputs()[0], owner=self.model)
+        sanity.check_target(self.loss_func, self.pred, self.learn.target(), owner=self.model)
 
     def after_loss(self) -> None:
         learn = self.learn
         if not learn.training: return
-        if self._fresh: sanity.check_first_loss(learn.loss_func, learn.pred, learn.loss.detach())
+        if self._fresh: sanity.check_first_loss(learn.loss_func, learn.pred, learn.loss.detach(), owner=learn.model)
         self._fresh = False
         self._watch(learn)
 
