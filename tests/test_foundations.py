@@ -123,6 +123,15 @@ def test_what_is_not_finite_stays_visible(bad):
     assert not stats.mean.isfinite() and stats.var().isnan()
 
 
+@pytest.mark.parametrize('shape', [(0, 3), (5, 0), (0,)])
+def test_an_empty_batch_changes_nothing(shape):
+    stats = RunningStats(dim=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert stats.update(torch.zeros(shape)).n == 0
+        assert stats.update(torch.ones(4, 2)).update(torch.zeros(shape)).n == 4
+
+
 def test_overflowing_half_precision_does_not():
     x = torch.full((1000,), 60_000, dtype=torch.float16)
     stats = RunningStats().update(x)
