@@ -521,6 +521,7 @@ class Metrics(Callback):
         *metrics: Metric | Callable[[Any, Any], Any], # Functions are averaged over examples; see `Metric` for others
     ):
         self.metrics = [m if isinstance(m, Metric) else Metric(m) for m in metrics]
+        self._counted = 0
         taken = ['epoch', 'train_loss', 'valid_loss', *(m.name for m in self.metrics)]
         for m in self.metrics:
             if taken.count(m.name) > 1:
@@ -531,11 +532,13 @@ class Metrics(Callback):
             raise ValueError('metrics need a validation set, and dls.valid is None; give one, or leave the metrics out')
 
     def before_validate(self) -> None:
+        self._counted = 0
         for m in self.metrics: m.reset()
 
     def after_batch(self) -> None:
         learn = self.learn
         if learn.training or learn.loss is None: return
+        self._counted += 1
         for m in self.metrics:
             try: m.add(learn.pred, learn.target(), learn.batch_size())
             except Exception as e:
@@ -543,15 +546,16 @@ class Metrics(Callback):
                 raise
 
     def after_validate(self) -> None:
-        if self.loss is not None: self.row.update({m.name: m.value() for m in self.metrics})
+        if self._counted: self.row.update({m.name: m.value() for m in self.metrics})
 
     def state_dict(self) -> dict[str, Any]:
         "What each metric has counted"
-        return {m.name: m.state_dict() for m in self.metrics}
+        return dict(counted=self._counted, metrics={m.name: m.state_dict() for m in self.metrics})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on counting from `state`"
-        for m in self.metrics: m.load_state_dict(state[m.name])
+        self._counted = state['counted']
+        for m in self.metrics: m.load_state_dict(state['metrics'][m.name])
 
 # %% ../nbs/04_learner.ipynb #967957aa
 class Recorder(Callback):
