@@ -472,7 +472,9 @@ def _joined(parts: Sequence[Any]) -> Any:
     "Tensors of several batches as one, in tuples, lists and dicts of any depth"
     first = parts[0]
     if isinstance(first, Mapping): return {k: _joined([p[k] for p in parts]) for k in first}
-    return torch.cat(list(parts)) if isinstance(first, Tensor) else type(first)(_joined(p) for p in zip(*parts))
+    if isinstance(first, Tensor): return torch.cat(list(parts))
+    joined = [_joined(p) for p in zip(*parts)]
+    return type(first)(*joined) if hasattr(first, '_fields') else type(first)(joined)
 
 # %% ../nbs/04_learner.ipynb #b2601b1b
 class Metric:
