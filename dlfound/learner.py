@@ -173,7 +173,8 @@ class _Events(_Callbacks):
         name: str, # Such as 'after_pred'
     ) -> None:
         "Call the methods of that name"
-        for f in self._handlers[name]:
+        if not (methods := self._handlers[name]): return
+        for f in methods:
             try: f()
             except Exception as e: raise _sign(e, f, name)
 
@@ -299,11 +300,11 @@ class _Steps(_State):
 
     def step(self) -> Any: # `False`: no step was taken
         "Gradients to parameters"
-        self.opt.step()
+        (self._opt or self.opt).step()
 
     def zero_grad(self) -> None:
         "Forget the gradients"
-        self.opt.zero_grad()
+        (self._opt or self.opt).zero_grad()
 
     def update(self) -> None:
         "Take a step and forget the gradients, unless a callback says `False`: not yet"
