@@ -197,21 +197,28 @@ def _rows(tensors: Sequence[Tensor], order: Tensor, size: int) -> Iterator[tuple
     return zip(*[map(t.index_select, repeat(0), order.to(t.device).split(size)) for t in tensors])
 
 # %% ../nbs/03_minibatch.ipynb #c4905148
+_spare: list[np.random.BitGenerator] = [] # What NumPy draws from inside a scope; a nested scope takes another
+
 @contextmanager
 def _seeded(base: int, number: int) -> Iterator[None]:
     "The global generators of Python, NumPy and torch (CPU) seeded for one batch, and then put back as they were"
     digest = blake2b(f'{base} {number}'.encode(), digest_size=24).digest()
     a, b, c = (int.from_bytes(digest[i:i + 8], 'little') for i in (0, 8, 16))
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    kept = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    bits: Any = np.random.get_bit_generator() # type: ignore[attr-defined]
+    ours = _spare.pop() if _spare else np.random.MT19937(0)
     try:
         random.seed(a)
+        np.random.set_bit_generator(ours) # type: ignore[attr-defined]
         np.random.seed(b % 2**32)
         torch.default_generator.manual_seed(c)
         yield
     finally:
         random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        np.random.set_bit_generator(bits) # type: ignore[attr-defined]
+        if kept[1]['has_gauss']: np.random.set_state(kept[1]) # A second normal number that was still to be given out
         torch.set_rng_state(kept[2])
+        _spare.append(ours)
 
 # %% ../nbs/03_minibatch.ipynb #33705fd7
 class _Batches:

@@ -89,6 +89,32 @@ def test_cross_entropy(shape, classes, dtype, scale, seed, labels):
     near(x.grad, y.grad)
 
 
+@settings(deadline=None, max_examples=100)
+@given(shape=st.lists(st.integers(0, 4), min_size=1, max_size=4), data=st.data(), dtype=st.sampled_from(floats), scale=scales, seed=st.integers(0, 99), f=st.sampled_from(['logsumexp', 'log_softmax']))
+def test_gradients_of_logarithms(shape, data, dtype, scale, seed, f):
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    ours, theirs_f = {'logsumexp': (logsumexp, torch.logsumexp), 'log_softmax': (log_softmax, F.log_softmax)}[f]
+    for x in layouts(logits(shape, dtype, scale, seed)):
+        x, y = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+        a, b = ours(x, dim), theirs_f(y.float() if dtype.itemsize < 4 else y, dim).to(dtype)
+        arriving = torch.randn(b.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+        a.backward(arriving)
+        b.backward(arriving)
+        near(x.grad, y.grad)
+
+
+@settings(deadline=None, max_examples=100)
+@given(shape=leading.filter(lambda s: 0 not in s), classes=st.integers(1, 6), dtype=st.sampled_from(floats[:2]), seed=st.integers(0, 99))
+def test_nll(shape, classes, dtype, seed):
+    x = logits((*shape, classes), dtype, 1., seed).requires_grad_()
+    y, target = x.detach().clone().requires_grad_(), torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+    ours, expected = nll(x, target), F.nll_loss(y.reshape(-1, classes), target.reshape(-1))
+    near(ours, expected)
+    ours.backward()
+    expected.backward()
+    near(x.grad, y.grad)
+
+
 def test_cross_entropy_for_images():
     x, target = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
     assert_close(cross_entropy(x.movedim(1, -1), target), F.cross_entropy(x, target))
@@ -258,6 +284,24 @@ def test_the_global_generators_are_left_alone(workers):
     before = state()
     for _ in loader: assert state() == before
     assert state() == before
+
+
+@pytest.mark.parametrize('kind', [np.random.MT19937, np.random.PCG64])
+@pytest.mark.parametrize('drawn', [0, 1, 2])
+def test_numpys_generator_comes_back(kind, drawn):
+    "Whichever it is, the second number of a pair of normal ones included; and it does not change what is loaded"
+    usual = np.random.get_bit_generator()
+    def three(load):
+        np.random.set_bit_generator(kind(5))
+        np.random.randn(drawn)
+        batches = flat(DataLoader(Noisy(6), 2, generator=gen(3))) if load else []
+        return [*np.random.randn(2), np.random.rand()], batches
+    try:
+        with_it, batches = three(True)
+        assert with_it == three(False)[0]
+        assert np.random.get_bit_generator().__class__ is kind
+    finally: np.random.set_bit_generator(usual)
+    assert batches == flat(DataLoader(Noisy(6), 2, generator=gen(3)))
 
 
 class Nested(Noisy):
