@@ -267,6 +267,7 @@ class _State(_Optimizer):
         self.row: dict[str, float] = {}
         self.n_epochs = self.epoch = self.iter = self._first_epoch = 0
         self.training = self._skip_training = self._told = False
+        self._outer: BaseException | None = None
         super().__init__(cbs)
 
     def target(self) -> Any:
@@ -327,7 +328,7 @@ class _Ends(_Steps):
     "How a fit begins, and how it ends, whatever happened in it"
     def _begin(self, n_epochs: int, lr: float | None, reset_opt: bool) -> None:
         if n_epochs < 1: raise ValueError(f'fit needs at least one epoch, got {n_epochs}')
-        self.n_epochs, self.fit_lr = n_epochs, self.lr if lr is None else lr
+        self.n_epochs, self.fit_lr, self._outer = n_epochs, self.lr if lr is None else lr, sys.exc_info()[1]
         if reset_opt: self._opt = None
         if self._opt is None: return
         self._set_lr(self.fit_lr)
@@ -342,14 +343,16 @@ class _Ends(_Steps):
         print(f'Interrupted in epoch {self.epoch}, {part}, batch {self.iter}; the model keeps what it has learned')
 
     def _end(self) -> None:
-        "Call every `after_fit`, even if one of them fails, then raise the first failure"
+        "Call every `after_fit`, even if one of them fails; then the first failure of the fit is raised, or else of those"
         errors = []
         for f in self._handlers['after_fit']:
             try: f()
             except Exception as e: errors.append(_sign(e, f, 'after_fit'))
         if self._opt is not None: self._opt.zero_grad()
         self._first_epoch, self._skip_training = 0, False
-        if errors: raise errors[0]
+        under_way, outer, self._outer = sys.exc_info()[1], self._outer, None
+        if errors and under_way in (None, outer): raise errors[0]
+        if errors: cast(Any, under_way).add_note(f'(and after that, in after_fit: {errors[0]!r})')
 
 # %% ../nbs/04_learner.ipynb #0673eeca
 class TrainingLoop(_Ends):
@@ -851,7 +854,7 @@ class Progress(Callback):
 
     def after_batch(self) -> None:
         show = self._show
-        if show.bar is not None: show.bar.update()
+        if show.bar is not None: show.bar.update(self.iter + 1 - show.bar.n)
         if not show.page or time.monotonic() < self._due: return
         part, total = 'training' if self.training else 'validation', f' of {self._total}' if self._total else ''
         show.update(f'epoch {self.epoch} of {self.n_epochs}, {part}: batch {self.iter + 1}{total}', self._losses)
