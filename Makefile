@@ -26,8 +26,9 @@ check: ## lint the working tree (make test lints what is committed)
 run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01"; FLAGS="slow" runs slow cells too)
 	@$(env) && $(py) scripts/run.py --flags "$(FLAGS)" $(NB)
 
-full: ## run all notebooks, slow cells too, and save their outputs
+full: ## run all notebooks, slow cells too, and save their outputs; the whole grid of killed and resumed fits
 	@$(env) && $(py) scripts/run.py --flags slow all
+	@$(env) && DLFOUND_FULL=1 $(py) -m pytest -q -p no:cacheprovider tests/test_resume.py
 
 seeds: ## run a notebook's checks under two other seeds, saving nothing: make seeds NB=00
 	@$(env) && $(py) scripts/run.py --seeds 2 $(NB)

@@ -1,0 +1,551 @@
+"""Schedules, the sweep and the file format, where a page has no room."""
+import json
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn, optim
+
+from dlfound import schedule
+from dlfound.learner import (Callback, CancelEpoch, DataLoaders, GradientAccumulation, GradientClip, Learner, Progress, Recorder,
+                             SingleBatch)
+from dlfound.minibatch import DataLoader, Dataset, accuracy
+from dlfound.schedule import (Checkpoint, EarlyStopping, ParamScheduler, combine_scheds, flat_cos, lr_find, one_cycle, resume,
+                              sched_cos, sched_exp, sched_lin, sched_no, warmup)
+
+positive = st.floats(1e-8, 1e4)
+
+
+def data(n=40, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=g)
+    return DataLoaders.from_datasets(Dataset(x, x.argmax(1) % 3), Dataset(x[:20], x[:20].argmax(1) % 3), 8, generator=g, **kwargs)
+
+
+def learner(opt=optim.SGD, cbs=(), dls=None, model=None, **kwargs):
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.2), nn.Linear(8, 3))
+    return Learner(dls or data(), model, F.cross_entropy, opt, lr=.1, metrics=accuracy, cbs=cbs, **kwargs)
+
+
+class Stop(Callback):
+    "An exception at a place, once"
+    def __init__(self, epoch, batch, event='train'): self.place = epoch, batch, event
+    def after_backward(self): self.strike('train')
+    def after_pred(self):
+        if not self.training: self.strike('valid')
+    def strike(self, event):
+        if self.place == (self.epoch, self.iter, event):
+            self.place = None
+            raise RuntimeError('stop')
+
+
+def interrupted(folder, learn, cbs=(), epochs=2, stop=(1, 2), unit='batch', **kwargs):
+    "A fit that stops, and the callbacks to resume it with"
+    cbs = [*cbs, Checkpoint(folder, unit=unit, **kwargs), Stop(*stop)]
+    with pytest.raises(RuntimeError, match='stop'): learn.fit(epochs, cbs=cbs)
+    return cbs
+
+
+def state(learn): return schedule._copied(learn.model)
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# schedules
+
+@given(positive, positive)
+def test_ends_are_exact(a, b):
+    for sched in sched_lin, sched_cos, sched_exp:
+        assert (sched(a, b)(0), sched(a, b)(1)) == (a, b)
+        for i in range(9): assert min(a, b) * (1 - 1e-12) <= sched(a, b)(i / 8) <= max(a, b) * (1 + 1e-12)
+    assert sched_no(a, b)(1) == a
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any), st.data())
+def test_combine_any_phases(shares, data):
+    "Within each phase its own schedule, at its own position, however the shares round"
+    pcts = [s / sum(shares) for s in shares]
+    combined = combine_scheds(pcts, [lambda pos, i=i: (i, pos) for i in range(len(pcts))])
+    phase = data.draw(st.sampled_from([i for i, s in enumerate(shares) if s]))
+    inside = data.draw(st.floats(.001, .999))
+    i, pos = combined(min((sum(shares[:phase]) + inside * shares[phase]) / sum(shares), 1.))
+    assert i == phase and abs(pos - inside) < 1e-6
+    assert combined(0)[1] == 0 or shares[0] == 0
+    assert combined(1)[1] == 1
+    for boundary in range(1, len(pcts)):
+        i, pos = combined(sum(shares[:boundary]) / sum(shares))
+        assert pos in (0, 1) or pos < 1e-6
+
+
+@pytest.mark.parametrize('pcts', [[.1] * 10, [.7, .2, .1], [1 / 3] * 3, [1 / 7] * 7, [.3, .4, .3], [1.], [0, 1], [1, 0]])
+def test_combine_steps(pcts):
+    "Each phase starts where people would say that it starts"
+    combined = combine_scheds(pcts, [sched_no(i, i) for i in range(len(pcts))])
+    for i in range(len(pcts)):
+        if pcts[i] and sum(pcts[:i]) < 1: assert combined(min(round(sum(pcts[:i]), 15), 1)) == i
+    assert combined(1) == len(pcts) - 1
+
+
+@pytest.mark.parametrize('pcts, n', [([.5, .4], 2), ([.5, .5], 3), ([], 0), ([1.5, -.5], 2), ([math.nan, 1], 2)])
+def test_combine_refuses(pcts, n):
+    with pytest.raises(ValueError): combine_scheds(pcts, [sched_lin(0, 1)] * n)
+
+
+def test_positions_outside():
+    for pos in -.01, 1.01, math.nan:
+        for sched in sched_no(0, 1), sched_lin(0, 1), sched_cos(0, 1), sched_exp(1, 2), combine_scheds([1], [lambda p: p]):
+            with pytest.raises(ValueError, match='between 0'): sched(pos)
+    for ends in (0, 1), (1, 0), (-1, -2):
+        with pytest.raises(ValueError, match='positive'): sched_exp(*ends)
+
+
+class Watch(Callback):
+    order = 6
+    def __init__(self, *names): self.names, self.seen = names, []
+    def before_batch(self):
+        if self.training: self.seen.append([[g[n] for n in self.names] for g in self.opt.param_groups])
+
+
+def test_first_batch_is_0_and_last_is_1():
+    learn, watch = learner(), Watch('lr')
+    learn.fit(2, cbs=[ParamScheduler({'lr': sched_lin(.1, .3)}), watch])
+    assert watch.seen[0] == [[.1]] and watch.seen[-1] == [[.3]] and len(watch.seen) == 10
+    assert learn.opt.param_groups[0]['lr'] == .1
+    learn.fit(1, cbs=[ParamScheduler({'lr': sched_lin(.1, .3)}), SingleBatch()])
+    assert learn[Recorder].lrs[-1] == .1
+
+
+def test_a_single_batch():
+    learn = learner(dls=data(8))
+    learn.fit(1, cbs=ParamScheduler({'lr': sched_lin(.1, .3)}))
+    assert learn[Recorder].lrs == [.1]
+
+
+def test_groups_and_any_parameter():
+    def opt(params, lr):
+        params = list(params)
+        return optim.SGD([dict(params=params[:2], lr=lr / 10), dict(params=params[2:])], lr=lr)
+    learn, watch = learner(opt), Watch('lr', 'weight_decay')
+    learn.fit(1, cbs=[ParamScheduler({'lr': [sched_lin(.1, .2), sched_lin(1., 2.)], 'weight_decay': sched_lin(0., .5)}), watch])
+    assert watch.seen[0] == [[.1, 0.], [1., 0.]] and watch.seen[-1] == [[.2, .5], [2., .5]]
+    with pytest.raises(ValueError, match='3 schedules for 2'): learn.fit(1, cbs=ParamScheduler({'lr': [sched_lin(0, 1)] * 3}))
+
+
+def test_adams_momentum_and_betas():
+    for scheds, last in ({'momentum': sched_lin(.95, .85)}, (.85, .999)), ({'betas': lambda p: (.9, .9 + .09 * p)}, (.9, .99)):
+        learn, watch = learner(optim.Adam), Watch('betas')
+        learn.fit(1, cbs=[ParamScheduler(scheds), watch])
+        assert watch.seen[-1][0][0] == pytest.approx(last)
+        assert learn.opt.param_groups[0]['betas'] == (.9, .999)
+    with pytest.raises(ValueError, match='betas.*momentum'): learn.fit(1, cbs=ParamScheduler({'beta': sched_lin(0, 1)}))
+    with pytest.raises(ValueError, match="no 'betas'.*momentum"): learner().fit(1, cbs=ParamScheduler({'betas': lambda p: (0, 0)}))
+
+
+def test_learning_rate_in_a_tensor():
+    learn = learner(lambda p, lr: optim.Adam(p, lr=torch.tensor(lr)))
+    held = learn.opt.param_groups[0]['lr']
+    learn.fit(1, cbs=ParamScheduler(flat_cos(.01)))
+    assert learn.opt.param_groups[0]['lr'] is held and float(held) == pytest.approx(.1)
+
+
+def test_no_length():
+    dls = data()
+    dls = DataLoaders(iter(list(dls.train)), dls.valid)
+    with pytest.raises(ValueError, match='n_batches'): learner(dls=dls).fit(1, cbs=ParamScheduler(flat_cos(.1)))
+    learn = learner(dls=dls)
+    learn.fit(1, cbs=ParamScheduler({'lr': sched_lin(.1, .5)}, n_batches=5))
+    assert learn[Recorder].lrs[-1] == .5
+
+
+def test_builders():
+    cycle = one_cycle(1., pct=.3, div=10, div_final=100, momentum=(.95, .85, .9))
+    assert [cycle['lr'](p) for p in (0, .3, 1)] == [.1, 1., .01]
+    assert [cycle['momentum'](p) for p in (0, .3, 1)] == [.95, .85, .9]
+    assert list(one_cycle(1.)) == ['lr']
+    assert [flat_cos(2., .5)['lr'](p) for p in (0, .4, .5, 1)] == [2, 2, 2, 2 / 1e5]
+    assert [warmup(2., .5, sched_lin(2., 1.))['lr'](p) for p in (0, .25, .5, 1)] == [0, 1, 2, 1]
+    assert warmup(2.)['lr'](1) == 2
+
+
+def test_one_cycle_is_pytorchs():
+    "The curve of torch.optim.lr_scheduler.OneCycleLR, step by step"
+    opt = optim.SGD([nn.Parameter(torch.zeros(1))], lr=1., momentum=.9)
+    # theirs turns at step pct * n - 1 and ends at n - 1; ours is laid over the same steps
+    n, pct = 101, .25
+    theirs = optim.lr_scheduler.OneCycleLR(opt, 1., total_steps=n, pct_start=(pct * (n - 1) + 1) / n, base_momentum=.85, max_momentum=.95, final_div_factor=1e5 / 25)
+    cycle = one_cycle(1., pct, momentum=(.95, .85, .95))
+    for i in range(n):
+        assert opt.param_groups[0]['lr'] == pytest.approx(cycle['lr'](i / (n - 1)), abs=1e-9)
+        assert opt.param_groups[0]['momentum'] == pytest.approx(cycle['momentum'](i / (n - 1)), abs=1e-9)
+        opt.step()
+        if i < n - 1: theirs.step()
+
+
+# the sweep
+
+class Odd(nn.Module):
+    "A model with everything that a sweep could leave changed"
+    def __init__(self):
+        super().__init__()
+        self.l1, self.bn, self.drop, self.l2 = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 3)
+        self.register_buffer('seen', torch.zeros(()), persistent=False)
+        self.bn.eval()
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return self.l2(self.drop(self.bn(self.l1(x)).relu()))
+
+
+@pytest.mark.parametrize('opt', [optim.SGD, lambda p, lr: optim.SGD(p, lr, momentum=.9), optim.Adam])
+@pytest.mark.parametrize('fitted', [False, True])
+def test_sweep_leaves_no_trace(opt, fitted, tmp_path, capsys):
+    cbs = [EarlyStopping(), Checkpoint(tmp_path / 'c'), ParamScheduler(flat_cos(.1)), GradientAccumulation(2), GradientClip(1.)]
+    learn = learner(opt, cbs, model=Odd())
+    if fitted: learn.fit(1)
+    files = sorted(tmp_path.rglob('*'))
+    def look(): return [m.training for m in learn.model.modules()], learn._opt is None, sorted(vars(learn)), list(learn.cbs), learn._told, learn.fit_lr, learn.epoch
+    before, weights, rng, opt_state = look(), state(learn), schedule._rng(learn), json.dumps(str(learn._opt and learn._opt.state_dict()))
+    recorded = list(learn[Recorder].losses), list(learn[Recorder].rows)
+    capsys.readouterr()
+    sweep = lr_find(learn, n=23)
+    assert capsys.readouterr().out == ''
+    assert look() == before and same(weights, state(learn)) and json.dumps(str(learn._opt and learn._opt.state_dict())) == opt_state
+    assert (learn[Recorder].losses, learn[Recorder].rows) == recorded
+    for a, b in zip(rng, schedule._rng(learn)):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
+    assert sorted(tmp_path.rglob('*')) == files
+    assert len(sweep.lrs) == len(sweep.losses) == len(sweep.smoothed) <= 23
+
+
+def test_sweep_then_fit_is_fit():
+    a, b = learner(optim.Adam), learner(optim.Adam)
+    lr_find(a)
+    torch.manual_seed(1)
+    a.fit(1)
+    torch.manual_seed(1)
+    b.fit(1)
+    assert same(state(a), state(b))
+
+
+def test_sweep_edges():
+    with pytest.raises(ValueError, match='at least 2'): lr_find(learner(), n=1)
+    bad = learner()
+    bad.model[0].weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match='not finite'): lr_find(bad)
+    with pytest.raises(ValueError, match='no batch'): lr_find(learner(dls=DataLoaders([], None)))
+    flat = learner(lambda p, lr: optim.SGD(p, lr), model=nn.Sequential(nn.Linear(4, 3)))
+    sweep = lr_find(flat, 1e-6, 100., n=60)
+    assert len(sweep.lrs) <= 60 and sweep.lrs[0] == 1e-6 and sweep.suggestion in sweep.lrs
+    sweep.plot()
+
+
+def test_a_failing_sweep_leaves_no_trace():
+    learn = learner(cbs=Stop(1, 2))
+    before = state(learn)
+    with pytest.raises(RuntimeError, match='stop'): lr_find(learn, n=50)
+    assert same(before, state(learn)) and learn._opt is None
+    learn.fit(1)
+
+
+# early stopping
+
+class Rows(Callback):
+    "Puts numbers in the rows"
+    order = 55
+    def __init__(self, values): self.values = values
+    def after_epoch(self): self.row['made'] = self.values[self.epoch]
+
+
+@pytest.mark.parametrize('values, mode, patience, delta, epochs, best', [
+    ([3, 2, 1, 2, 3, 4], 'min', 2, 0, 5, 2), ([1, 2, 3, 2, 1, 0], 'max', 2, 0, 5, 2), ([3, 2.9, 2.8, 2.7], 'min', 2, .5, 3, 0),
+    ([5, 4, 3, 2], 'min', 1, 0, 4, 3), ([math.nan] * 4, 'min', 2, 0, 2, None), ([1, math.nan, 0, 5], 'min', 2, 0, 4, 2)])
+def test_early_stopping(values, mode, patience, delta, epochs, best):
+    kept = []
+    class Keep(Callback):
+        order = 56
+        def after_epoch(self): kept.append(state(self.learn))
+    learn, stop = learner(), EarlyStopping('made', mode, patience, delta)
+    learn.fit(len(values), cbs=[Rows(values), Keep(), stop])
+    assert len(kept) == epochs and stop.best_epoch == best
+    assert same(state(learn), kept[-1 if best is None else best])
+    learn.fit(len(values), cbs=[Rows(values), EarlyStopping('made', mode, patience, delta, restore=False)])
+
+
+def test_early_stopping_refuses():
+    with pytest.raises(ValueError, match='train_loss, valid_loss, accuracy'): learner().fit(1, cbs=EarlyStopping('acuracy'))
+    with pytest.raises(ValueError, match='valid_loss.*train_loss'): Learner(DataLoaders(data().train), nn.Linear(4, 3), F.cross_entropy, cbs=EarlyStopping()).fit(1)
+    for bad in dict(mode='up'), dict(patience=0):
+        with pytest.raises(ValueError): EarlyStopping(**bad)
+
+
+def test_an_exception_restores_nothing():
+    learn = learner()
+    with pytest.raises(RuntimeError): learn.fit(3, cbs=[EarlyStopping(), Stop(1, 4)])
+    after = state(learn)
+    assert not same(after, state(learner()))
+
+
+def test_a_cancelled_epoch_has_no_result():
+    class Skip(Callback):
+        def before_validate(self): raise CancelEpoch
+    learner().fit(2, cbs=[Skip(), EarlyStopping(patience=5)])
+
+
+# the format
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+trees = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(st.text(max_size=3) | st.integers() | st.booleans(), x, max_size=3), max_leaves=12)
+
+
+def equal(a, b):
+    if type(a) is not type(b): return False
+    if isinstance(a, float): return a == b and math.copysign(1, a) == math.copysign(1, b) or a != a and b != b
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict): return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, np.ndarray): return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+@settings(max_examples=150)
+@given(trees)
+def test_everything_comes_back(x):
+    packer = schedule._Packer()
+    assert equal(schedule._unpack(json.loads(json.dumps(packer.pack(x, 'x'))), packer.tensors), x)
+
+
+def test_dollars_and_odd_keys():
+    for x in {'$tensor': 1}, {'$items': [], 2: 3}, {1: {'a': (1, 2)}, '1': 2}, {True: 0, 'b': {None: 1}}: assert equal(back(x), x)
+
+
+def back(x, tmp='x'):
+    packer = schedule._Packer()
+    return schedule._unpack(json.loads(json.dumps(packer.pack(x, tmp))), packer.tensors)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+                                   torch.complex64, torch.complex128, torch.float8_e4m3fn])
+def test_tensors_come_back(dtype, tmp_path):
+    made = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(dtype)
+    tensors = [made, made.to(memory_format=torch.channels_last), made[:, 1], made[..., ::2], made.transpose(0, 1), made[0, 0, 0, 0],
+               made[:0], torch.zeros(3, 0, 2, dtype=dtype), made[:, :1].expand(2, 3, 4, 4), torch.zeros(4, 3, 1, 1).to(dtype).to(memory_format=torch.channels_last)]
+    schedule._write(tmp_path / 'x', tensors)
+    for a, b in zip(tensors, schedule._read(tmp_path / 'x')):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        assert torch.equal(a.float() if 'float8' in str(dtype) else a, b.float() if 'float8' in str(dtype) else b)
+
+
+def test_numpy_and_generators_come_back():
+    rng = np.random.default_rng(3)
+    for x in np.random.get_state(), rng.bit_generator.state, random.getstate(), np.float32(.1).item(), np.arange(3, dtype='uint32'): assert equal(back(x), x)
+    assert back(np.float64(.1)) == .1 and back(np.int64(3)) == 3 and back(torch.Size([1, 2])) == (1, 2)
+    for bad in {1, 2}, object(), torch.float32, torch.eye(2).to_sparse():
+        with pytest.raises(TypeError, match='state.a'): schedule._Packer().pack(dict(a=bad), 'state')
+
+
+def test_tied_tensors_are_stored_once():
+    t, packer = torch.randn(5), schedule._Packer()
+    packed = packer.pack(dict(a=t, b=t, c=t.view(5), d=t[1:]), 'x')
+    assert len(packer.tensors) == 2 and packed['a'] == packed['b'] == packed['c']
+
+
+# checkpoints
+
+def test_resume_the_same_learner(tmp_path, capsys):
+    "After an exception at a prompt: the Learner that stopped goes on, and says nothing of its optimizer"
+    whole, learn = learner(optim.Adam), learner(optim.Adam)
+    torch.manual_seed(4)
+    whole.fit(2, cbs=[ParamScheduler(one_cycle(.1)), Stop(9, 9)])
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, learn, [ParamScheduler(one_cycle(.1))])
+    learn.model[0].weight.data.zero_()
+    capsys.readouterr()
+    resume(learn, tmp_path, cbs)
+    assert same(state(learn), state(whole)) and learn[Recorder].losses == whole[Recorder].losses and learn[Recorder].rows == whole[Recorder].rows
+    out = capsys.readouterr().out
+    assert 'going on in epoch 1 after 2 batches of training' in out and 'goes on with its state' not in out
+    learn.fit(1)
+    assert 'goes on with its state' in capsys.readouterr().out
+
+
+def test_a_second_fit(tmp_path):
+    "Losses and rows of the fit before, and the optimizer's state, are part of it"
+    def twice(stop):
+        torch.manual_seed(4)
+        learn = learner(optim.Adam)
+        learn.fit(1)
+        if not stop: learn.fit(2, .05)
+        else:
+            with pytest.raises(RuntimeError): learn.fit(2, .05, cbs=(cbs := [Checkpoint(tmp_path, unit='batch'), Stop(1, 2)]))
+            learn = learner(optim.Adam)
+            resume(learn, tmp_path, cbs)
+        return learn
+    a, b = twice(False), twice(True)
+    assert same(state(a), state(b)) and a[Recorder].losses == b[Recorder].losses and a[Recorder].rows == b[Recorder].rows
+    a.fit(1), b.fit(1)
+    assert a.opt.param_groups[0]['lr'] == b.opt.param_groups[0]['lr'] == .1
+
+
+def test_finished_fit(tmp_path):
+    learn = learner()
+    learn.fit(2, cbs=Checkpoint(tmp_path))
+    other = learner()
+    resume(other, tmp_path)
+    assert same(state(learn), state(other)) and other[Recorder].rows == learn[Recorder].rows and other.row == learn.row
+    other.fit(1)
+    assert len(other[Recorder].rows) == 3
+
+
+def test_strides_and_ties(tmp_path):
+    def net(last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4))
+        model[3].weight = model[4].weight
+        return model.to(memory_format=torch.channels_last) if last else model
+    x = torch.randn(24, 3, 5, 5)
+    def made(last): return Learner(DataLoaders(DataLoader(Dataset(x, torch.arange(24) % 3), 8)), net(last), F.cross_entropy, lr=.1)
+    whole = made(True)
+    whole.fit(2)
+    cbs = interrupted(tmp_path, made(True), stop=(1, 1))
+    learn = made(False)
+    resume(learn, tmp_path, cbs)
+    assert same(state(whole), state(learn)) and learn.model[3].weight is learn.model[4].weight
+    assert learn.model[0].weight.stride() == whole.model[0].weight.stride() != made(False).model[0].weight.stride()
+    untied = made(True)
+    untied.model[3].weight = nn.Parameter(untied.model[3].weight.detach().clone())
+    with pytest.raises(ValueError, match='of another model'): resume(untied, tmp_path, cbs)
+
+
+def test_keep_and_best(tmp_path):
+    values = [5, 1, 4, 3, 3, 3]
+    learner().fit(6, cbs=[Rows(values), Checkpoint(tmp_path, keep=2, monitor='made')])
+    assert [p.name[7:16] for p in schedule._found(tmp_path)] == ['epoch0001', 'epoch0004', 'epoch0005']
+    learner().fit(3, cbs=[Rows(values), Checkpoint(tmp_path, keep=1, monitor='made', mode='max')])
+    assert [p.name[:16] for p in schedule._found(tmp_path)] == ['fit000_epoch0001', 'fit000_epoch0004', 'fit000_epoch0005', 'fit001_epoch0000', 'fit001_epoch0002']
+    with pytest.raises(ValueError, match="no result 'other'"): learner().fit(1, cbs=Checkpoint(tmp_path, monitor='other'))
+    for bad in dict(every=0), dict(keep=0), dict(unit='step'), dict(mode='low'):
+        with pytest.raises(ValueError): Checkpoint(tmp_path, **bad)
+
+
+def test_every(tmp_path):
+    learner().fit(5, cbs=Checkpoint(tmp_path, every=2, keep=9, monitor=None))
+    assert [p.name[7:16] for p in schedule._found(tmp_path)] == ['epoch0001', 'epoch0003', 'epoch0004']
+
+
+def test_validate_writes_nothing(tmp_path):
+    learn = learner(cbs=Checkpoint(tmp_path, unit='batch'))
+    learn.validate()
+    assert not schedule._found(tmp_path)
+
+
+def test_leftovers(tmp_path):
+    dead, alive = (tmp_path / f'.fit000_epoch0000_3done.safetensors.{pid}.part' for pid in (999999999, os.getppid()))
+    for folder in dead, alive:
+        folder.mkdir()
+        (folder / 'file').write_bytes(b'x')
+    learner().fit(1, cbs=Checkpoint(tmp_path))
+    assert [p.name for p in tmp_path.glob('.*')] == [alive.name]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def fails(*args): raise OSError('no space left')
+    monkeypatch.setattr(schedule, 'save_file', fails)
+    learn = learner()
+    with pytest.raises(OSError): learn.fit(1, cbs=Checkpoint(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(path, how):
+    raw = path.read_bytes()
+    if how == 'short': raw = raw[:-50]
+    if how == 'empty': raw = b''
+    if how == 'bit': raw = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+    if how == 'text': raw = raw.replace(b'n_epochs\\": 2', b'n_epochs\\": 9')
+    if how == 'noise': raw = os.urandom(len(raw))
+    assert raw != path.read_bytes()
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize('how', ['short', 'empty', 'bit', 'text', 'noise'])
+def test_damage(tmp_path, how, capsys):
+    learn = learner()
+    cbs = interrupted(tmp_path, learn)
+    *_, before, newest = schedule._found(tmp_path)
+    damaged(newest, how)
+    fresh, weights = learner(), state(learner())
+    with pytest.raises(ValueError, match='no whole file|damaged or edited'): resume(fresh, newest, cbs)
+    assert same(state(fresh), weights)
+    resume(fresh, tmp_path, cbs)
+    out = capsys.readouterr().out
+    assert f'left out: {newest.name}' in out and before.name in out
+
+
+def test_refusals(tmp_path, monkeypatch):
+    learn = learner()
+    cbs = interrupted(tmp_path / 'a', learn, [ParamScheduler(one_cycle(.1))])
+    last = schedule._found(tmp_path / 'a')[-1]
+    def refused(match, learn=None, cbs=cbs, path=last):
+        learn = learn or learner()
+        weights = state(learn)
+        with pytest.raises(ValueError, match=match): resume(learn, path, cbs)
+        assert same(state(learn), weights) and not learn._first_epoch and not learn._skip_training
+    wide = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(.2), nn.Linear(9, 3))
+    refused(r'another model: 0.weight is \[\[9, 4\]', learner(model=wide))
+    refused('another model: .* only in the', learner(model=nn.Sequential(nn.Linear(4, 3))))
+    refused('float64', learner(model=learner().model.double()))
+    refused('optimizer is Adam and was SGD', learner(optim.Adam))
+    refused(r'have \[10, 2\] batches', learner(dls=data(80)))
+    refused('had ParamScheduler', cbs=cbs[1:])
+    refused('another number|other schedules', cbs=[ParamScheduler(one_cycle(.2)), *cbs[1:]])
+    learn.save(tmp_path / 'w.safetensors')
+    refused('is no checkpoint', path=tmp_path / 'w.safetensors')
+    monkeypatch.setattr(schedule, '_FORMAT', 2)
+    schedule._write(tmp_path / 'future', {})
+    monkeypatch.undo()
+    refused('format 2', path=tmp_path / 'future')
+    with pytest.raises(FileNotFoundError): resume(learner(), tmp_path / 'b')
+    (tmp_path / 'c').mkdir()
+    with pytest.raises(FileNotFoundError, match='Checkpoint'): resume(learner(), tmp_path / 'c')
+
+
+def test_the_file_is_for_others_too(tmp_path):
+    "Any reader of safetensors finds the weights under their names"
+    from safetensors.torch import load_file
+    learn = learner()
+    learn.fit(1, cbs=Checkpoint(tmp_path))
+    read = load_file(schedule._found(tmp_path)[-1])
+    for name, p in learn.model.named_parameters(): assert torch.equal(read[f'.model.{name}'], p)
+
+
+def test_progress_has_a_length(tmp_path):
+    seen = []
+    class Look(Callback):
+        order = math.inf
+        def before_batch(self): seen.append((len(self.dl), self.iter))
+    learn, look = learner(), Look()
+    cbs = interrupted(tmp_path, learn, [look])
+    seen.clear()
+    resume(learn, tmp_path, cbs)
+    assert seen[0] == (5, 2)
+
+
+def test_foreign_loader_says_so(tmp_path, capsys):
+    d = data()
+    learn = learner(dls=DataLoaders(list(d.train), d.valid))
+    cbs = interrupted(tmp_path, learn)
+    resume(learn, tmp_path, cbs)
+    assert 'list cannot begin in the middle: 2 batches are made and left out' in capsys.readouterr().out
+
+
+def test_freed(tmp_path):
+    import weakref
+    learn = learner()
+    cbs = interrupted(tmp_path, learn)
+    resume(learn, tmp_path, cbs)
+    gone = weakref.ref(learn)
+    del learn
+    assert gone() is None
