@@ -367,8 +367,9 @@ class LRSweep(NamedTuple):
         ax.plot(self.lrs, self.losses, color='C0', alpha=.3, lw=.8)
         ax.plot(self.lrs, self.smoothed, color='C0')
         if self.suggestion: ax.axvline(self.suggestion, color='C1', ls='--', label=f'suggestion {self.suggestion:.1e}')
-        top = max(self.smoothed[0], min(self.smoothed)) * 1.3
-        ax.set(xscale='log', xlabel='learning rate', ylabel='training loss', ylim=(None, top) if top > min(self.losses) else None)
+        low, begin = min(self.losses), self.smoothed[0]
+        room = abs(begin - low) or 1.
+        ax.set(xscale='log', xlabel='learning rate', ylabel='training loss', ylim=(low - .1 * room, max(begin, low) + .3 * room))
         if self.suggestion: ax.legend()
         return ax
 
@@ -662,6 +663,8 @@ class _Rest:
     def __iter__(self) -> Iterator[Any]:
         ours = isinstance(self.dl, DataLoader)
         if not ours: print(f'{type(self.dl).__name__} cannot begin in the middle: {self.done} batches are made and left out')
+        if not ours and getattr(self.dl, 'persistent_workers', False):
+            print('its workers persist, with a state that no checkpoint sees: order and random samples of the rest may be others')
         skip = 1 if ours else self.done
         with _batches(_From(self.dl, self.done - 1) if ours else self.dl) as batches:
             if len(list(zip(range(skip), batches))) < skip:

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 
 from dlfound import schedule
-from dlfound.learner import (Callback, CancelEpoch, DataLoaders, GradientAccumulation, GradientClip, Learner, Progress, Recorder,
+from dlfound.learner import (Callback, CancelEpoch, CancelFit, DataLoaders, GradientAccumulation, GradientClip, Learner, Progress, Recorder,
                              SingleBatch)
 from dlfound.minibatch import DataLoader, Dataset, accuracy
 from dlfound.schedule import (Checkpoint, EarlyStopping, ParamScheduler, combine_scheds, flat_cos, lr_find, one_cycle, resume,
@@ -353,7 +353,62 @@ def test_tied_tensors_are_stored_once():
     assert len(packer.tensors) == 2 and packed['a'] == packed['b'] == packed['c']
 
 
+# bad arguments
+
+@pytest.mark.parametrize('bad', [sched_cos(1, 0), {'lr': .1}, {'lr': [sched_cos(1, 0), .1]}, 'lr'])
+def test_no_schedules(bad):
+    with pytest.raises(TypeError, match='schedules by name'): ParamScheduler(bad)
+
+
+def test_two_schedulers_of_one_name():
+    learn = learner()
+    with pytest.raises(ValueError, match="two ParamSchedulers set 'lr'"): learn.fit(1, cbs=[ParamScheduler(flat_cos(.1)), ParamScheduler(one_cycle(.1))])
+    assert learn.opt.param_groups[0]['lr'] == .1
+    learn.fit(1, cbs=[ParamScheduler(flat_cos(.1)), ParamScheduler({'weight_decay': sched_cos(.1, 0)})])
+
+
+@pytest.mark.parametrize('recipe', [lambda: one_cycle(.1, div=0), lambda: one_cycle(.1, div_final=-1), lambda: flat_cos(.1, div_final=0),
+                                    lambda: one_cycle(.1, pct=1.5), lambda: warmup(.1, pct=-.1)])
+def test_recipes_refuse(recipe):
+    with pytest.raises(ValueError, match='positive number|add up to 1'): recipe()
+
+
+@pytest.mark.parametrize('bad, match', [(dict(start=0), 'goes up'), (dict(start=1., end=.1), 'goes up'), (dict(smooth=1.), 'smooth'), (dict(n=1), 'at least 2')])
+def test_sweeps_refuse(bad, match):
+    with pytest.raises(ValueError, match=match): lr_find(learner(), **bad)
+
+
+@pytest.mark.parametrize('bad', [dict(every=0), dict(every='batch'), dict(keep=0), dict(unit='step'), dict(mode='up')])
+def test_checkpoint_refuses(bad, tmp_path):
+    with pytest.raises(ValueError): Checkpoint(tmp_path, **bad)
+
+
+def test_two_checkpoints_in_one_folder(tmp_path):
+    with pytest.raises(ValueError, match='folder of its own'): learner().fit(1, cbs=[Checkpoint(tmp_path), Checkpoint(tmp_path)])
+    learner().fit(1, cbs=[Checkpoint(tmp_path / 'a'), Checkpoint(tmp_path / 'b')])
+    assert len(schedule._found(tmp_path / 'a')) == len(schedule._found(tmp_path / 'b')) == 1
+
+
+def test_a_misspelt_result_is_told_at_once(capsys):
+    class Early(Callback):
+        def before_batch(self): raise CancelFit
+    learner().fit(1, cbs=[EarlyStopping('acuracy'), Early()])
+    assert "'acuracy', which is none of train_loss, valid_loss, accuracy" in capsys.readouterr().out
+    class Adds(Callback):
+        order = 50
+        def after_epoch(self): self.row['mine'] = 1.
+    learner().fit(1, cbs=[EarlyStopping('mine'), Adds()])
+
+
 # checkpoints
+
+def test_sorted_by_number(tmp_path):
+    names = [f'fit{f:03}_epoch{e:04}_3done.safetensors' for f, e in ((0, 9999), (0, 10000), (999, 1), (1000, 0))]
+    for name in reversed(names): (tmp_path / name).touch()
+    (tmp_path / 'fitness.safetensors').touch()
+    assert [p.name for p in schedule._found(tmp_path)] == names
+    assert schedule._Shelf(tmp_path, 3).fit == 1001
+
 
 def test_resume_the_same_learner(tmp_path, capsys):
     "After an exception at a prompt: the Learner that stopped goes on, and says nothing of its optimizer"
@@ -501,6 +556,15 @@ def test_refusals(tmp_path, monkeypatch):
     refused(r'have \[10, 2\] batches', learner(dls=data(80)))
     refused('had ParamScheduler', cbs=cbs[1:])
     refused('another number|other schedules', cbs=[ParamScheduler(one_cycle(.2)), *cbs[1:]])
+    def halves(params, lr):
+        first, *rest = params
+        return optim.SGD([dict(params=[first]), dict(params=rest)], lr)
+    refused(r'\[1, 5\] parameters in its groups and had \[6\]', learner(halves))
+    def error_rate(pred, target): return 1 - accuracy(pred, target)
+    other = Learner(data(), learner().model, F.cross_entropy, optim.SGD, lr=.1, metrics=error_rate)
+    refused(r"Metrics has .*error_rate.* and had .*accuracy", other)
+    accumulating = interrupted(tmp_path / 'd', learner(), [GradientAccumulation(2)])
+    refused(r"GradientAccumulation has .*3.* and had .*2", cbs=[GradientAccumulation(3), *accumulating[1:]], path=tmp_path / 'd')
     learn.save(tmp_path / 'w.safetensors')
     refused('is no checkpoint', path=tmp_path / 'w.safetensors')
     monkeypatch.setattr(schedule, '_FORMAT', 2)
@@ -539,6 +603,14 @@ def test_foreign_loader_says_so(tmp_path, capsys):
     cbs = interrupted(tmp_path, learn)
     resume(learn, tmp_path, cbs)
     assert 'list cannot begin in the middle: 2 batches are made and left out' in capsys.readouterr().out
+
+
+def test_persistent_workers_of_others_are_told(tmp_path, capsys):
+    "They draw once for all epochs, so the order cannot be drawn again"
+    d, T = data(), torch.utils.data.DataLoader
+    learn = learner(dls=DataLoaders(T(d.train.dataset, 8, shuffle=True, num_workers=1, persistent_workers=True), d.valid))
+    resume(learn, tmp_path, interrupted(tmp_path, learn))
+    assert 'its workers persist' in capsys.readouterr().out and len(learn[Recorder].losses) == 10
 
 
 def test_freed(tmp_path):
