@@ -78,7 +78,7 @@ def check_loader(
         if len(dl): return
     except (TypeError, NotImplementedError): return
     cut: Any = getattr(dl, 'batch_sampler', None)
-    n = len(cut.sampler) if hasattr(getattr(cut, 'sampler', None), '__len__') else 0
+    n = len(cut.sampler) if getattr(cut, 'drop_last', False) and hasattr(cut.sampler, '__len__') else 0
     why = 'it has no samples; look at how its data were found and split' if not n else \
         f'drop_last leaves out short batches, and {n} samples do not fill one of {cut.batch_size}; lower batch_size'
     raise ValueError(f'{name} is empty: {why}')
@@ -87,14 +87,19 @@ def check_loader(
 def _some(names: Sequence[str], most: int = 4) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
+def _held(opt: Any) -> set[int] | None:
+    "The identities of the parameters that `opt` trains; `None` if it does not tell"
+    groups = getattr(opt, 'param_groups', None)
+    return None if groups is None else {id(p) for group in groups for p in group['params']}
+
 def check_optimizer(
     opt: Any, # With `param_groups`, as PyTorch's have; others pass
     model: nn.Module, # The model that it is to train
 ) -> None:
     "ValueError if `opt` holds no trainable parameter of `model`; warns if it lacks some, or holds others"
     check_trainable(model)
-    if not hasattr(opt, 'param_groups'): return
-    held, own = {id(p) for group in opt.param_groups for p in group['params']}, _trainable(model)
+    held, own = _held(opt), _trainable(model)
+    if held is None: return
     lacking = [name for name, p in own.items() if id(p) not in held]
     if len(lacking) == len(own):
         raise ValueError(f'the optimizer holds none of the {len(own)} trainable parameters of the model, which was '
@@ -102,22 +107,29 @@ def check_optimizer(
     if lacking: _warn('lacks', opt, f'the optimizer lacks {_some(lacking)}, which will not change; make it after the '
                       'last change to the model, or say that it is meant with requires_grad_(False)')
     if others := len(held - {id(p) for p in model.parameters()}):
-        _warn('holds', opt, f'the optimizer holds {others} parameters that are not in the model; make it after the '
-              'last change to the model')
+        _warn('holds', opt, f'the optimizer holds {others} parameters that are not in the model; fine if the loss has '
+              'them, otherwise make it after the last change to the model')
 
 # %% ../nbs/03a_sanity.ipynb #8e7e7241
+def _dense(x: Any) -> bool:
+    "Is it a tensor of floating numbers, stored in full?"
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and (
+        x.layout == torch.strided and not x.is_nested)
+
 def check_inputs(
-    x: Any, # A batch of inputs; only tensors of floats are looked at
+    x: Any, # A batch of inputs, of any shape; only dense tensors of floats are looked at
     owner: Any = None, # Warn once for this object, such as the model; `None`: once for each text
 ) -> None:
-    "ValueError for NaN or inf in `x`; warns if its numbers are far from mean 0 and standard deviation 1"
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2: return
+    "Warns if numbers in `x` are NaN or inf, or far from mean 0 and standard deviation 1"
+    if not _dense(x) or x.is_complex() or x.numel() < 2: return
     wide = x.detach() if x.dtype.itemsize > 2 else x.detach().float()
     bad, mean, std = torch.stack([(~wide.isfinite()).sum(), wide.mean(), wide.std(correction=0)]).tolist()
-    if bad: raise ValueError(f'{int(bad)} of {x.numel()} inputs are NaN or infinite; clean or fill them first')
-    if .02 <= (mean**2 + std**2)**.5 < 10 and abs(mean) <= 3 * std: return
-    _warn('inputs', owner, f'the inputs have mean {mean:.2g} and standard deviation {std:.2g}; bring them to about 0 '
-          'and 1 with the mean and standard deviation of the training set')
+    if bad:
+        _warn('missing', owner, f'{int(bad)} of {x.numel()} inputs are NaN or infinite; clean or fill them first, '
+              'unless the model does')
+    elif not .02 <= (mean**2 + std**2)**.5 < 10 or abs(mean) > 3 * std:
+        _warn('inputs', owner, f'the inputs have mean {mean:.2g} and standard deviation {std:.2g}; bring them to '
+              'about 0 and 1 with the mean and standard deviation of the training set')
 
 # %% ../nbs/03a_sanity.ipynb #73ad2b18
 _class_losses = {'cross_entropy': nn.CrossEntropyLoss, 'nll_loss': nn.NLLLoss}
@@ -145,12 +157,12 @@ def _check_values(name: str, options: Mapping[str, Any], pred: Tensor, target: T
         fix = f'target.reshape{tuple(pred.shape)}' if target.numel() == pred.numel() else 'one target a prediction'
         raise ValueError(f'{name} got predictions of shape {tuple(pred.shape)} and a target of shape '
                          f'{tuple(target.shape)}, which it would broadcast or refuse; use {fix}')
-    if not (target.is_floating_point() or target.is_complex()):
-        raise TypeError(f'{name} compares quantities, got a target of {target.dtype}; use cross_entropy for classes, '
-                        f'or target.to({pred.dtype})')
+    whole, fix = not (target.is_floating_point() or target.is_complex()), f'target.to({pred.dtype})'
+    if whole: fix = f'cross_entropy for classes, {fix} for quantities'
+    if whole and (name == 'huber_loss' or name.startswith('binary')): # where PyTorch fails, in other words
+        raise TypeError(f'{name} compares quantities, got a target of {target.dtype}; use {fix}')
     if target.dtype != pred.dtype and (target.dtype != torch.float32 or pred.dtype.itemsize > 2):
-        _warn('cast', owner, f'{name} casts: predictions are {pred.dtype}, targets {target.dtype}; use '
-              f'target.to({pred.dtype})')
+        _warn('cast', owner, f'{name} casts: predictions are {pred.dtype}, targets {target.dtype}; use {fix}')
     if options.get('reduction') == 'none' or not target.numel(): return
     if not target.isfinite().all(): raise ValueError(f'{name} got NaN or inf in the target; clean it or leave them out')
     if name.startswith('binary') and not 0 <= target.min() <= target.max() <= 1:
@@ -168,7 +180,8 @@ def _check_scores(name: str, pred: Tensor, dim: int, owner: Any) -> None:
 def _check_shares(target: Tensor, dim: int, owner: Any) -> None:
     "Do these targets share out probability 1 among the classes?"
     if target.numel() and not target.min() >= 0:
-        raise ValueError(f'cross_entropy needs shares of at least 0 as targets, got {target.min():.3g}; rescale them')
+        raise ValueError(f'cross_entropy needs shares of at least 0 as targets, got {target.min():.3g}; clean or '
+                         'rescale them')
     if target.numel() and (target.float().sum(dim) - 1).abs().max() > .02:
         _warn('shares', owner, 'cross_entropy got targets that do not sum to 1 over the classes; divide by the sum, or '
               'use binary_cross_entropy_with_logits if several classes can be right at once')
@@ -232,10 +245,13 @@ def check_first_loss(
 # %% ../nbs/03a_sanity.ipynb #a0715b82
 def check_zeroed(
     model: nn.Module, # Before `loss.backward()`; when accumulating, before the first of each window
+    opt: Any = None, # Only what it holds is looked at; `None`: all trainable parameters
 ) -> None:
     "RuntimeError if a parameter already holds a gradient other than 0, to which `backward` would add"
-    for name, p in model.named_parameters():
-        if p.grad is not None and bool((p.grad.coalesce().values() if p.grad.is_sparse else p.grad).any()):
+    held = _held(opt)
+    for name, p in _trainable(model).items():
+        if p.grad is None or held is not None and id(p) not in held: continue
+        if bool((p.grad.coalesce().values() if p.grad.is_sparse else p.grad).any()):
             raise RuntimeError(f'{name} still holds a gradient, to which backward would add; call opt.zero_grad() '
                                'after each step. If you accumulate, check before the first backward of a window only')
 
@@ -245,7 +261,8 @@ def check_grads(
 ) -> None:
     "RuntimeError if no trainable parameter has a gradient; warns, with their names, if some have none"
     own = _trainable(model)
-    lacking = [name for name, p in own.items() if p.grad is None]
+    lacking = [name for name, p in own.items() if p.grad is None
+               and not getattr(p, '_post_accumulate_grad_hooks', None)] # a hook may have used it already
     if lacking and len(lacking) == len(own):
         raise RuntimeError('no parameter has a gradient: look for a missing backward, or for detach, item or a tensor '
                            'made anew between model and loss')
@@ -263,15 +280,18 @@ def _random(m: nn.Module) -> bool:
 def check_training(
     model: nn.Module, # While it trains
 ) -> None:
-    "Warns of a model, or of dropout in one, left in eval; frozen norm layers in a model that trains are fine"
-    idle = [f'{name or "the model"} ({type(m).__name__})' for name, m in model.named_modules() if not m.training and (
-        _random(m) or not model.training and isinstance(m, _norms) and m.running_mean is not None)]
+    "Warns of a model, or of dropout in one, left in eval; norm layers or parts that are frozen as well are fine"
+    frozen = {m for part in model.modules() if not part.training and not _trainable(part) and any(
+        True for _ in part.parameters()) for m in part.modules()}
+    idle = [f'{name or "the model"} ({type(m).__name__})' for name, m in model.named_modules()
+            if not m.training and m not in frozen and (
+                _random(m) or not model.training and isinstance(m, _norms) and m.running_mean is not None)]
     if idle: _warn('eval', model, f'{_some(idle)} left in eval; call model.train() after each evaluation')
 
 # %% ../nbs/03a_sanity.ipynb #f112d874
 def _tensors(x: Any) -> Iterator[Tensor]:
-    "The floating tensors in tuples, lists and dicts"
-    if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()): yield x.detach()
+    "The dense floating tensors in tuples, lists and dicts"
+    if _dense(x): yield x.detach()
     parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
     for part in parts: yield from _tensors(part)
 
@@ -294,6 +314,7 @@ def _rng_kept(model: nn.Module) -> Iterator[None]:
 def _watch(model: nn.Module, inputs: Sequence[Any], look: Callable[[str, nn.Module, Any, Any], None]) -> None:
     "`look(name, layer, inputs, output)` after each layer of a forward pass that leaves no trace"
     def hook(name: str) -> Callable[..., None]: return lambda m, given, out: look(name, m, given, out)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules()]
     try:
         with _rng_kept(model): functional_call(model, {k: b.clone() for k, b in model.named_buffers()}, tuple(inputs))
@@ -304,7 +325,7 @@ def _watch(model: nn.Module, inputs: Sequence[Any], look: Callable[[str, nn.Modu
 class _Found(Exception): "Ends a pass when what was looked for is known"
 
 def first_nonfinite(
-    model: nn.Module, # In the mode in which it was used
+    model: nn.Module, # In the mode, and under the autocast, in which it was used
     *inputs: Any, # What it is called with: tensors, or tuples, lists and dicts of them
 ) -> str | None: # Such as 'the output of layer 2 (Linear)'; `None`: all is finite
     "Where NaN or inf first appears in a forward pass: in the inputs, in a weight, or in the output of a layer"
@@ -330,8 +351,10 @@ def check_finite(
     "FloatingPointError if `loss` is NaN or inf: in which batch, and where that comes from"
     values = torch.as_tensor(loss).detach()
     if values.isfinite().all(): return
-    where = first_nonfinite(model, *inputs)
-    where = f'the first bad number is in {where}' if where else 'the model is finite: look at the target and the loss'
+    try: where = first_nonfinite(model, *inputs)
+    except Exception as error: where = f'no layer can be named, as another pass with these inputs fails: {error}'
+    else: where = f'the first bad number is in {where}' if where else \
+        'the model is finite: look at the target and the loss'
     when = '' if batch is None else f' in batch {batch}'
     raise FloatingPointError(f'the loss is {float(values.sum())}{when}; {where}. Take no step; if weights or outputs '
                              'have grown, lower the learning rate or clip gradients')
@@ -363,7 +386,7 @@ def dead_units(
 # %% ../nbs/03a_sanity.ipynb #5810f490
 def check_dead(
     model: nn.Module, # As for `dead_units`
-    *inputs: Any, # One batch
+    *inputs: Any, # One batch, not too small, as for `dead_units`
     share: float = .5, # Of a layer's units; some silence is normal, more than half is seldom meant
 ) -> None:
     "Warns of layers in which more than `share` of the units are 0 on the whole batch"
@@ -395,10 +418,12 @@ def overfit_batch(
     opt_func: Any = torch.optim.Adam, # `(params, lr=...)` to an optimizer
     lr: float = 1e-3, # Adam's usual
     steps: int = 100, # Enough for a small net; raise it for one that starts slowly
+    floor: float = 0., # The least that the loss can be; for soft labels it is their entropy
 ) -> list[float]: # The loss before each step
     "Losses while a copy learns a batch by heart; RuntimeError if it gets not far below what a blind one reaches"
     check_lr(lr)
     check_trainable(model)
+    if steps < 1: raise ValueError(f'it takes at least one step to learn, got steps={steps}; try 100')
     *inputs, target = batch
     run = partial(_learn, model, loss_func, target=target, opt_func=opt_func, lr=lr, steps=steps)
     hides = all(isinstance(t, Tensor) and t.ndim for t in batch) and not bool((target == target[:1]).all())
@@ -406,9 +431,10 @@ def overfit_batch(
         losses = run(inputs=inputs)
         blind = min(run(inputs=[x[:1].expand_as(x).clone() for x in inputs])[-10:]) if hides else losses[0]
     if not isfinite(blind): blind = losses[0]
-    if not (isfinite(losses[-1]) and min(losses[-10:]) < blind - abs(blind) / 2):
+    if not (isfinite(losses[-1]) and min(losses[-10:]) < blind - abs(blind - floor) / 2):
         raise RuntimeError(f'the model cannot learn one batch by heart: in {steps} steps its loss went from '
                            f'{losses[0]:.3g} to {losses[-1]:.3g}, and {blind:.3g} can be had without seeing the '
                            'inputs. Look for a loss that broadcasts (check_target), a cut graph (check_grads), inputs '
-                           'out of scale (check_inputs), dead units (dead_units); or try another lr, or more steps')
+                           'out of scale (check_inputs), dead units (dead_units); or try another lr, or more steps, '
+                           'or give the floor of a loss that cannot reach 0')
     return losses

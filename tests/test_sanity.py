@@ -111,6 +111,15 @@ def test_loader(kind):
         with pytest.raises(ValueError, match='no samples'): check_loader(dl)
 
 
+def test_batch_samplers_of_others():
+    class Odd:
+        sampler = range(10)
+        def __iter__(self): return iter(())
+        def __len__(self): return 0
+    data = Dataset(torch.ones(10, 2), torch.ones(10))
+    with pytest.raises(ValueError, match='is empty'): check_loader(torch.utils.data.DataLoader(data, batch_sampler=Odd()))
+
+
 # the optimizer
 
 def test_optimizer_of_the_model():
@@ -172,7 +181,22 @@ def test_inputs():
     for bad in nan, inf, -inf:
         x = raw.clone()
         x[0, 0, 0, 0] = bad
-        with pytest.raises(ValueError, match='1 of 12288 inputs'): check_inputs(x)
+        with told() as texts:
+            for owner in None, net(): check_inputs(x, owner), check_inputs(x, owner)
+        assert len(texts) == 2 and all('1 of 12288 inputs' in t and 'unless the model does' in t for t in texts)
+
+
+def test_inputs_that_cannot_be_looked_at_pass():
+    x = torch.randn(4, 5) * 999
+    with silent():
+        for y in x.to_sparse(), x.to_sparse_csr(), torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged): check_inputs(y)
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3, 2)
+        def forward(self, graph, x): return (graph @ self.l(x)).log()
+    graph, x = torch.eye(4).to_sparse(), -torch.ones(4, 3)
+    assert first_nonfinite(Uses(), graph, x) == 'the output of the model (Uses)'
 
 
 def test_inputs_warn_once_for_each_owner():
@@ -192,6 +216,7 @@ class_losses = [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(labe
 nll_losses = [F.nll_loss, nn.NLLLoss(), partial(F.nll_loss, reduction='sum')]
 value_losses = [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(beta=2.), nn.HuberLoss(), partial(F.huber_loss, delta=2.), nn.MSELoss(reduction='none')]
 binary_losses = [F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss(), F.binary_cross_entropy, nn.BCELoss(reduction='sum')]
+refuse_whole = [F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits]  # as PyTorch does
 ours = [minibatch.cross_entropy, minibatch.nll]
 floats = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 seeds = st.integers(0, 99)
@@ -295,7 +320,14 @@ def test_values_of_another_shape_or_kind_raise(data, shape, other, seed):
     if shape != other:
         with pytest.raises(ValueError, match='broadcast or refuse'): check_target(f, pred, torch.rand(other))
     for kind in torch.int64, torch.bool, torch.uint8:
-        with pytest.raises(TypeError, match='compares quantities'): check_target(f, pred, torch.ones(shape).to(kind))
+        whole, pred = torch.ones(shape).to(kind), pred.detach().requires_grad_()
+        if getattr(f, 'func', f) in refuse_whole or isinstance(f, (nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)):
+            with pytest.raises(TypeError, match='compares quantities'): check_target(f, pred, whole)
+            with pytest.raises((RuntimeError, TypeError, NotImplementedError)): f(pred, whole).sum().backward()
+        else:
+            with told() as texts: check_target(f, pred, whole)
+            assert len(texts) == 1 and 'casts' in texts[0] and 'cross_entropy for classes' in texts[0]
+            if kind != torch.bool: torch.testing.assert_close(f(pred, whole), f(pred, whole.float()))
     with told() as texts: check_target(f, pred, torch.rand(shape).double())
     assert len(texts) == 1 and 'casts' in texts[0]
     if getattr(f, 'reduction', 'mean') != 'none':
@@ -395,6 +427,27 @@ def test_zeroed():
     with pytest.raises(RuntimeError, match='weight'): check_zeroed(sparse)
 
 
+def test_gradients_that_nobody_uses_may_stay():
+    model, x = net(), torch.randn(8, 8)
+    model(x).sum().backward()
+    head = torch.optim.SGD(model[4].parameters(), .1)
+    with pytest.raises(RuntimeError, match=r'4\.weight'): check_zeroed(model, head)
+    head.zero_grad()
+    check_zeroed(model, head)
+    with pytest.raises(RuntimeError, match=r'0\.weight'): check_zeroed(model)
+    with pytest.raises(RuntimeError, match=r'0\.weight'): check_zeroed(model, object())
+    model[:2].requires_grad_(False)
+    check_zeroed(model)
+
+
+def test_gradients_used_up_during_backward():
+    model = nn.Linear(2, 2)
+    def used(p): p.grad = None
+    for p in model.parameters(): p.register_post_accumulate_grad_hook(used)
+    model(torch.ones(1, 2)).sum().backward()
+    with silent(): check_grads(model)
+
+
 def test_grads():
     model = nn.ModuleDict(dict(used=nn.Linear(2, 2), idle=nn.Linear(2, 2)))
     with pytest.raises(RuntimeError, match='no parameter has a gradient'): check_grads(model)
@@ -417,6 +470,14 @@ def test_training_mode():
         with told() as texts:
             for _ in range(3): check_training(model)
         assert len(texts) == 1 and word in texts[0]
+    model = nn.Sequential(net().requires_grad_(False).eval(), nn.Linear(3, 3), nn.Dropout())
+    with silent(): check_training(model)
+    model[2].eval()
+    with told() as texts: check_training(model)
+    assert len(texts) == 1 and texts[0].startswith('2 (Dropout) left')
+    model[0][4].requires_grad_(True)
+    with told() as texts: check_training(copy.deepcopy(model))
+    assert len(texts) == 1 and '0.3 (Dropout), 2 (Dropout)' in texts[0]
     part = net()
     part[3].eval()
     with told() as texts: check_training(part)
@@ -484,6 +545,17 @@ def test_check_finite():
         for loss in torch.tensor(1.), 2., torch.ones(3): check_finite(loss, model, x, batch=3)
     with Traces(model), pytest.raises(FloatingPointError, match='the loss is nan in batch 7; the model is finite: look at the target'): check_finite(torch.tensor(nan), model, x, batch=7)
     with pytest.raises(FloatingPointError, match='the loss is inf; the first bad number is in the inputs'): check_finite(inf, model, x * inf)
+    for wrong in (), (x, x):
+        with Traces(model), pytest.raises(FloatingPointError, match='the loss is nan in batch 2; no layer can be named.*positional argument'): check_finite(nan, model, *wrong, batch=2)
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, partial(torch.compile, backend='eager')])
+def test_wrapped_models(wrap):
+    model, x = net(), torch.randn(8, 8)
+    with torch.no_grad(): model[4].weight[0, 0] = nan
+    with Traces(model):
+        assert first_nonfinite(wrap(model), x).endswith('4.weight')
+        assert [*dead_units(wrap(model), x)][0].endswith('2')
 
 
 def test_backward_works_after_a_look():
@@ -594,7 +666,27 @@ def test_overfit_of_other_kinds():
     negative = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
     overfit_batch(negative, lambda p, t: F.mse_loss(p, t) - 5 * torch.exp(-F.mse_loss(p, t)), (x, x[:, :1] * 2), lr=.05, steps=300)
     with pytest.raises(ValueError, match='above 0'): overfit_batch(same, F.mse_loss, (x, x), lr=0)
+    with pytest.raises(ValueError, match='at least one step'): overfit_batch(same, F.mse_loss, (x, x), steps=0)
     with pytest.raises(ValueError, match='frozen'): overfit_batch(copy.deepcopy(same).requires_grad_(False), F.mse_loss, (x, x))
+
+
+@pytest.mark.parametrize('kind', ['soft', 'smoothed', 'yes or no'])
+def test_overfit_with_a_loss_that_cannot_reach_0(kind):
+    torch.manual_seed(0)
+    x, model = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 10))
+    y, loss = torch.randn(16, 10).softmax(1), F.cross_entropy
+    perfect = y.log()
+    if kind == 'smoothed':
+        y, loss = torch.arange(16) % 10, nn.CrossEntropyLoss(label_smoothing=.4)
+        perfect = (.04 + .6 * F.one_hot(y, 10)).log()
+    if kind == 'yes or no':
+        loss, y = F.binary_cross_entropy_with_logits, torch.rand(16, 10)
+        perfect = y.logit()
+    floor = float(loss(perfect, y))
+    losses = overfit_batch(model, loss, (x, y), lr=.01, steps=300, floor=floor)
+    assert floor - 1e-5 < losses[-1] < floor + .1
+    with pytest.raises(RuntimeError, match='give the floor of a loss'): overfit_batch(model, loss, (x, y), lr=.01, steps=300)
+    with pytest.raises(RuntimeError, match='by heart'): overfit_batch(model, lambda p, t: loss(p.detach() + 0 * p, t), (x, y), lr=.01, steps=300, floor=floor)
 
 
 # warnings
