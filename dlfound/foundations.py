@@ -39,12 +39,16 @@ class RunningStats:
         dim: int | tuple[int, ...] | None = None, # Dimensions of a batch to average over; `None`: all of them
         dtype: torch.dtype | None = None, # Of the statistics; `None`: float64, or float32 on MPS, which has no other
     ):
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f'the statistics are kept in float32 or float64, not in {dtype}, which loses too much; '
+                             'batches may be of any dtype')
         self.dim, self.dtype = dim, dtype
         self._seen: _Moments = 0, torch.zeros(()), torch.zeros(())
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Self: # Of one shape but for the dimensions averaged over; may be empty
-        "Take in a batch; TypeError for complex numbers, ValueError for another shape than before"
+        "Take in a batch; TypeError for complex numbers and no tensors, ValueError for another shape than before"
+        if not isinstance(x, Tensor): raise TypeError(f'update takes a tensor, got {type(x).__name__}; use torch.tensor')
         if x.is_complex(): raise TypeError(f'RunningStats needs real numbers, got {x.dtype}; pass x.real or x.abs()')
         dtype = self.dtype or (torch.float32 if x.device.type == 'mps' else torch.float64)
         if x.numel(): self._seen = _merged(self._seen, _moments(x, self.dim, dtype))
@@ -64,7 +68,7 @@ class RunningStats:
     def mean(self) -> Tensor: # A batch's shape without the dimensions averaged over
         "Mean of all values seen; RuntimeError before there are any"
         if not self.n: raise RuntimeError('RunningStats has seen no values yet; call update with a batch first')
-        return self._seen[1]
+        return self._seen[1].clone()
 
     def var(self, correction: int = 1) -> Tensor: # 1: of a sample, 0: of all there is; NaN if `n` is too small
         "Variance of all values seen: squared deviations over `n - correction`"

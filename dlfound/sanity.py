@@ -237,7 +237,8 @@ def check_first_loss(
     mean = options.get('reduction', 'mean') == 'mean' # otherwise ignored labels may make it small
     value, guess = float(torch.as_tensor(loss).detach().sum()) / (1 if mean else pred.numel() / classes), log(classes)
     if value > guess + 2: why = 'its scores are large from the start: look at the initialisation and the inputs'
-    elif value < guess / 2 and mean: why = 'unless it was trained before, look for the answer in the inputs'
+    elif value < guess / 2 and mean: why = 'unless it was trained before, or a bias knows how frequent ' \
+        'the classes are, look for the answer in the inputs'
     else: return
     _warn('first', owner, f'the model begins with a loss of {value:.3g}, where guessing among {classes} classes costs '
           f'{guess:.3g}; {why}')
@@ -368,7 +369,8 @@ def dead_units(
     model: nn.Module, # Its layers are looked at; functions called in `forward`, such as `F.relu`, cannot be seen
     *inputs: Any, # One batch, not too small: a unit that fires for one input in a hundred is not dead
 ) -> dict[str, float]: # By name of layer, from 0 to 1
-    "Share of units that are 0 on the whole batch; units are channels after a convolution, else the last dimension"
+    """Share of units that are 0 on the whole batch; units are channels after a convolution, else the last dimension.
+    Layers seen at fewer than 8 places (rows, or pixels) are left out: a healthy unit is often 0 at a few."""
     quiet: dict[str, list[Tensor]] = {}
     dim = 1
     def look(name: str, m: nn.Module, given: Any, out: Any) -> None:
@@ -377,7 +379,7 @@ def dead_units(
         if isinstance(m, _drops) or any(True for _ in m.children()) or any(True for _ in m.parameters()): return
         x = given[0] if given else None
         if not isinstance(x, Tensor) or not isinstance(out, Tensor): return
-        if x.shape != out.shape or x.ndim < 2 or not x.numel(): return
+        if x.shape != out.shape or x.ndim < 2 or x.numel() < 8 * max(x.shape[dim], 1): return
         before, now = [(t.movedim(dim, 0).flatten(1) == 0).all(1) for t in (x, out)]
         if isinstance(m, _relus) or bool((now & ~before).any()): quiet.setdefault(name or 'the model', []).append(now)
     _watch(model, inputs, look)

@@ -154,6 +154,9 @@ def test_an_empty_one_takes_over_what_it_merges_without_sharing_it():
     a.merge(b).update(torch.ones(3))
     assert (a.n, b.n, b.mean) == (7, 4, 1.5)
     assert (b.merge(RunningStats()).n, b.mean) == (4, 1.5)
+    c = RunningStats().merge(b)
+    for m in c.mean, b.mean: m.add_(100)  # what one asked for is one's own
+    assert (c.mean, b.mean) == (1.5, 1.5)
 
 
 @pytest.mark.parametrize('first, then', [((5, 3), (5, 1)), ((5, 1), (5, 3)), ((5, 3), (5, 4)), ((5, 3), (5, 3, 2)), ((5,), (5, 2))])
@@ -170,6 +173,10 @@ def test_what_has_no_answer():
     for ask in (lambda: stats.mean, stats.var, stats.std, lambda: stats.var(0)):
         with pytest.raises(RuntimeError, match='call update'): ask()
     with pytest.raises(TypeError, match='complex64'): stats.update(torch.zeros(2, dtype=torch.complex64))
+    for x in [1., 2.], np.ones(3), 3., None:
+        with pytest.raises(TypeError, match='update takes a tensor, got'): stats.update(x)
+    for dtype in torch.int64, torch.float16, torch.bfloat16, torch.complex64:
+        with pytest.raises(ValueError, match='kept in float32 or float64'): RunningStats(dtype=dtype)
     with pytest.raises(IndexError): RunningStats(dim=3).update(torch.zeros(2))
 
 

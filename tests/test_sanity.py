@@ -606,6 +606,12 @@ def test_other_activations():
     for act in nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(), nn.PReLU(), nn.Identity(), nn.Softmax(-1): assert dead_units(nn.Sequential(nn.Linear(4, 8), act), x) == {}
     assert dead_units(nn.ReLU(), -x.abs()) == {'the model': 1.}
     assert dead_units(nn.ReLU(), torch.empty(0, 4)) == {}
+    relu = nn.Sequential(nn.Linear(4, 64), nn.ReLU())
+    for n in range(40):
+        torch.manual_seed(n)
+        with silent(): check_dead(relu, torch.randn(1 + n % 9, 4))  # one row in a healthy layer: half of it is 0
+    assert dead_units(relu, x[:7]) == {} and [*dead_units(relu, x[:8])] == ['1']
+    assert dead_units(nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU()), torch.randn(1, 1, 3, 3)).keys() == {'1'}
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
