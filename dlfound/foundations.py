@@ -48,7 +48,7 @@ class RunningStats:
     @torch.no_grad()
     def update(self, x: Tensor) -> Self: # Of one shape but for the dimensions averaged over; may be empty
         "Take in a batch; TypeError for complex numbers and no tensors, ValueError for another shape than before"
-        if not isinstance(x, Tensor): raise TypeError(f'update takes a tensor, got {type(x).__name__}; use torch.tensor')
+        if not isinstance(x, Tensor): raise TypeError(f'update takes a tensor, got {type(x).__name__}; convert it')
         if x.is_complex(): raise TypeError(f'RunningStats needs real numbers, got {x.dtype}; pass x.real or x.abs()')
         dtype = self.dtype or (torch.float32 if x.device.type == 'mps' else torch.float64)
         if x.numel(): self._seen = _merged(self._seen, _moments(x, self.dim, dtype))
