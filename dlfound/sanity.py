@@ -163,7 +163,7 @@ def _check_values(name: str, options: Mapping[str, Any], pred: Tensor, target: T
         raise TypeError(f'{name} compares quantities, got a target of {target.dtype}; use {fix}')
     if target.dtype != pred.dtype and (target.dtype != torch.float32 or pred.dtype.itemsize > 2):
         _warn('cast', owner, f'{name} casts: predictions are {pred.dtype}, targets {target.dtype}; use {fix}')
-    if options.get('reduction') == 'none' or not target.numel(): return
+    if options.get('reduction') == 'none' or options.get('weight') is not None or not target.numel(): return # a mask
     if not target.isfinite().all(): raise ValueError(f'{name} got NaN or inf in the target; clean it or leave them out')
     if name.startswith('binary') and not 0 <= target.min() <= target.max() <= 1:
         raise ValueError(f'{name} needs targets from 0 to 1, got {target.min():.3g} to {target.max():.3g}; rescale')
@@ -212,8 +212,8 @@ def _check_classes(name: str, options: Mapping[str, Any], pred: Tensor, target: 
 # %% ../nbs/03a_sanity.ipynb #848bdf41
 def check_target(
     loss_func: Any, # Losses of PyTorch and of lesson 03 are known, as functions, modules or partials; others pass
-    pred: Any, # What the model gave
-    target: Any, # What the loss compares it with
+    pred: Any, # What the model gave: `(N, classes, ...)`, ours `(..., classes)`; any shape if the loss is of quantities
+    target: Any, # Class numbers `(N, ...)`, or shares shaped like `pred`; quantities are shaped like `pred`
     owner: Any = None, # Warn once for this object, such as the model; `None`: once for the loss function
 ) -> None:
     "ValueError or TypeError for a target with which the loss cannot be right; warns of casts and of softmax twice"
@@ -225,7 +225,7 @@ def check_target(
 # %% ../nbs/03a_sanity.ipynb #243910ef
 def check_first_loss(
     loss_func: Any, # Cross-entropy and negative log likelihood are known if they have no class weights; others pass
-    pred: Any, # What the model gave, before its first step
+    pred: Any, # What the model gave, before its first step; shapes as for `check_target`
     loss: Any, # What `loss_func` made of it
     owner: Any = None, # Warn once for this object, such as the model; `None`: once for each text
 ) -> None:
@@ -355,7 +355,7 @@ def check_finite(
     try: where = first_nonfinite(model, *inputs)
     except Exception as error: where = f'no layer can be named, as another pass with these inputs fails: {error}'
     else: where = f'the first bad number is in {where}' if where else \
-        'the model is finite: look at the target and the loss'
+        'the model is finite: look at the target, whose labels may all be ignored, and at the loss'
     when = '' if batch is None else f' in batch {batch}'
     raise FloatingPointError(f'the loss is {float(values.sum())}{when}; {where}. Take no step; if weights or outputs '
                              'have grown, lower the learning rate or clip gradients')

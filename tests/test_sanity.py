@@ -338,6 +338,18 @@ def test_values_of_another_shape_or_kind_raise(data, shape, other, seed):
             with pytest.raises(ValueError, match='from 0 to 1'): check_target(f, pred, torch.full(shape, bad))
 
 
+def test_targets_that_are_masked_may_be_anything():
+    pred, target, mask = torch.randn(4, 2), torch.tensor([[1., -1.], [0., 1.], [-1., -1.], [1., 0.]]), torch.ones(4, 2)
+    mask[target < 0] = 0
+    with silent():
+        for f in nn.BCEWithLogitsLoss(weight=mask), partial(F.binary_cross_entropy_with_logits, weight=mask): check_target(f, pred, target)
+        check_target(nn.MSELoss(reduction='none'), pred, target / mask)
+        scores = pred.masked_fill(torch.tensor([False, True]), -inf)  # a choice that is not open
+        check_target(F.cross_entropy, scores, torch.zeros(4).long())
+        check_target(F.nll_loss, scores.log_softmax(1), torch.zeros(4).long())
+    with pytest.raises(ValueError, match='0 to 1'): check_target(nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), pred, target)
+
+
 def test_column_against_list():
     with pytest.raises(ValueError, match=r'\(8, 1\) and a target of shape \(8,\).*target\.reshape\(8, 1\)'): check_target(F.mse_loss, torch.ones(8, 1), torch.ones(8))
     with pytest.raises(ValueError, match='one target a prediction'): check_target(F.mse_loss, torch.ones(8, 2), torch.ones(8))
@@ -545,6 +557,8 @@ def test_check_finite():
         for loss in torch.tensor(1.), 2., torch.ones(3): check_finite(loss, model, x, batch=3)
     with Traces(model), pytest.raises(FloatingPointError, match='the loss is nan in batch 7; the model is finite: look at the target'): check_finite(torch.tensor(nan), model, x, batch=7)
     with pytest.raises(FloatingPointError, match='the loss is inf; the first bad number is in the inputs'): check_finite(inf, model, x * inf)
+    nothing = F.cross_entropy(model(x), torch.full((8,), -100))
+    with pytest.raises(FloatingPointError, match='the model is finite: look at the target, whose labels may all be ignored'): check_finite(nothing, model, x)
     for wrong in (), (x, x):
         with Traces(model), pytest.raises(FloatingPointError, match='the loss is nan in batch 2; no layer can be named.*positional argument'): check_finite(nan, model, *wrong, batch=2)
 
