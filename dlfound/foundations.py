@@ -39,9 +39,7 @@ class RunningStats:
         dim: int | tuple[int, ...] | None = None, # Dimensions of a batch to average over; `None`: all of them
         dtype: torch.dtype | None = None, # Of the statistics; `None`: float64, or float32 on MPS, which has no other
     ):
-        if dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(f'the statistics are kept in float32 or float64, not in {dtype}, which loses too much; '
-                             'batches may be of any dtype')
+        if dtype not in (None, torch.float32, torch.float64): raise ValueError(f'use float32 or float64, not {dtype}')
         self.dim, self.dtype = dim, dtype
         self._seen: _Moments = 0, torch.zeros(()), torch.zeros(())
 
@@ -79,6 +77,5 @@ class RunningStats:
         return self.var(correction).sqrt()
 
     def __repr__(self) -> str:
-        single = self.n and self.mean.numel() == 1
-        if not single: return f'RunningStats(n={self.n}, shape={tuple(self._seen[1].shape)})'
+        if not self.n or self.mean.numel() > 1: return f'RunningStats(n={self.n}, shape={tuple(self._seen[1].shape)})'
         return f'RunningStats(n={self.n}, mean={self.mean.item():.4g}, std={self.std().item():.4g})'

@@ -396,7 +396,7 @@ def check_dead(
     if dead: _warn('dead', model, f'units never fire on this batch in layer {_some(dead)}; lower the learning rate, '
                    'look at the initialisation, or use a leaky activation')
 
-# %% ../nbs/03a_sanity.ipynb #21c112cf
+# %% ../nbs/03a_sanity.ipynb #c70d91e4
 def _learn(model: nn.Module, loss_func: Any, inputs: Sequence[Any], target: Any, opt_func: Any, lr: Any,
            steps: int) -> list[float]:
     "The losses of a copy of `model`, its dropout off, while it trains on one batch"
@@ -413,6 +413,7 @@ def _learn(model: nn.Module, loss_func: Any, inputs: Sequence[Any], target: Any,
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
+# %% ../nbs/03a_sanity.ipynb #21c112cf
 def overfit_batch(
     model: nn.Module, # A copy of it is trained
     loss_func: Any, # `(pred, target)` to one number
@@ -437,6 +438,6 @@ def overfit_batch(
         raise RuntimeError(f'the model cannot learn one batch by heart: in {steps} steps its loss went from '
                            f'{losses[0]:.3g} to {losses[-1]:.3g}, and {blind:.3g} can be had without seeing the '
                            'inputs. Look for a loss that broadcasts (check_target), a cut graph (check_grads), inputs '
-                           'out of scale (check_inputs), dead units (dead_units); or try another lr, or more steps, '
-                           'or give the floor of a loss that cannot reach 0')
+                           'out of scale (check_inputs), dead units (dead_units); or try another lr, more steps, or '
+                           'the floor of a loss that is never 0')
     return losses

@@ -705,7 +705,7 @@ def test_overfit_with_a_loss_that_cannot_reach_0(kind):
     floor = float(loss(perfect, y))
     losses = overfit_batch(model, loss, (x, y), lr=.01, steps=300, floor=floor)
     assert floor - 1e-5 < losses[-1] < floor + .1
-    with pytest.raises(RuntimeError, match='give the floor of a loss'): overfit_batch(model, loss, (x, y), lr=.01, steps=300)
+    with pytest.raises(RuntimeError, match='the floor of a loss'): overfit_batch(model, loss, (x, y), lr=.01, steps=300)
     with pytest.raises(RuntimeError, match='by heart'): overfit_batch(model, lambda p, t: loss(p.detach() + 0 * p, t), (x, y), lr=.01, steps=300, floor=floor)
 
 
