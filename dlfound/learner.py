@@ -163,7 +163,7 @@ _leaving = {CancelBatch: _events[3:8], CancelEpoch: (*_events[1:12], 'after_canc
             CancelFit: (*_events[:13], 'after_cancel_batch', 'after_cancel_epoch')}
 
 def _sign(e: Exception, f: Any, event: str) -> Exception:
-    "`e`, which says in whose method it was raised, unless it is a message to the loop; RuntimeError if nobody would hear it"
+    "`e`, which says in whose method it was raised, unless it is a message that the loop hears; RuntimeError if none does"
     for kind, heard in _leaving.items():
         if not isinstance(e, kind): continue
         if event in heard: return e
@@ -493,7 +493,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     "Tensors of several batches as one, in tuples, lists and dicts of any depth"
     first = parts[0]
     if isinstance(first, Mapping): return {k: _joined([p[k] for p in parts]) for k in first}
-    if isinstance(first, Tensor): return torch.cat([p.to(parts[-1].device) for p in parts]) # A checkpoint's come from the CPU
+    if isinstance(first, Tensor): return torch.cat([p.to(parts[-1].device) for p in parts]) # A checkpoint's are on the CPU
     joined = [_joined(p) for p in zip(*parts)]
     return type(first)(*joined) if hasattr(first, '_fields') else type(first)(joined)
 
@@ -522,7 +522,7 @@ class Metric:
             return
         value = self.func(pred, target)
         if isinstance(value, Tensor) and value.ndim:
-            raise ValueError(f'a metric is one number for a batch, got a tensor of shape {tuple(value.shape)}; take its mean')
+            raise ValueError(f'a metric is one number a batch, got a tensor of shape {tuple(value.shape)}; take its mean')
         self._mean.add(value, size)
 
     def value(self) -> float: # NaN if there were no batches
@@ -697,7 +697,7 @@ class _LossWatch(Callback):
 
 # %% ../nbs/04_learner.ipynb #fc04c06f
 class SanityCheck(_LossWatch):
-    "The checks of lesson 03a: before a fit, on its first batch, on the first of a validation, and on every loss of training"
+    "The checks of lesson 03a: before a fit, on the first batches of training and validation, and on every training loss"
     order, single = -50, True
     _fresh, _unseen = True, False
 
@@ -722,7 +722,7 @@ class SanityCheck(_LossWatch):
             self._unseen = False
             return
         if self._fresh:
-            if shape := tuple(learn.loss.shape): raise ValueError(f'the loss is one number, got shape {shape}; take its mean')
+            if shape := (*learn.loss.shape,): raise ValueError(f'the loss is one number, got shape {shape}; take its mean')
             sanity.check_first_loss(learn.loss_func, learn.pred, learn.loss.detach(), owner=learn.model)
         self._fresh = False
         self._watch(learn)
@@ -767,7 +767,7 @@ class GradientClip(Callback):
 class GradientAccumulation(Callback):
     """One step for several batches, with the mean gradient over all their examples; the last ones of an epoch may be fewer
 
-    A batch that is cancelled before its backward pass is not in it; after that it cannot be taken out of the sum, and counts.
+    A batch that is cancelled before its backward pass is left out; after that it is in the sum, and counts.
     """
     order, single = -20, True
     def __init__(
@@ -926,7 +926,7 @@ class Progress(Callback):
 def _save_weights(model: nn.Module, path: Path) -> None:
     "Write a whole file or none; TypeError for what is no tensor"
     for k, v in model.state_dict().items():
-        if not isinstance(v, Tensor): raise TypeError(f'save keeps tensors, and {k} is {type(v).__name__}; Checkpoint keeps it')
+        if not isinstance(v, Tensor): raise TypeError(f'save keeps tensors, {k} is {type(v).__name__}; Checkpoint keeps it')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         save_model(model, str(part))
@@ -954,7 +954,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     wrong += [f'{k} is not in the model' for k in saved if k not in own]
     wrong += [f'{k} has shape {saved[k]} in the file and {own[k]} in the model'
               for k in saved if k in own and saved[k] != own[k]]
-    wrong += [f'{k} and {tied[k]} are one tensor in the file and two in the model' for k in tied if k in own and tied[k] not in same[k]]
+    wrong += [f'{k} and {tied[k]} are one tensor in the file and two in the model'
+              for k in tied if k in own and tied[k] not in same[k]]
     wrong += [f'{k} and {name} are one tensor in the model and two in the file' for k in saved if k in own
               for name in same[k] if k < name and name in saved]
     if wrong:
@@ -1007,7 +1008,7 @@ class _Judge(TrainingLoop):
         "What the model says to each example, in evaluation mode; no loss is computed"
         gather = _Gather(targets)
         self.validate(dl, gather)
-        if not gather.preds: raise ValueError('there was no batch to predict for; an iterator can be used up: pass a loader')
+        if not gather.preds: raise ValueError('there was no batch to predict for; iterators can be used up: pass a loader')
         return _joined(gather.preds), _joined(gather.targets) if gather.targets else None
 
     def predict(
