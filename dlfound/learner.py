@@ -460,6 +460,11 @@ class Device(Callback):
 # %% ../nbs/04_learner.ipynb #0b5e2870
 def _packed(numbers: Sequence[float]) -> Tensor: return torch.tensor(numbers, dtype=torch.float64)
 
+def _fixed(x: Any) -> Any:
+    "A number, or a tensor of one, as it is now; one on an accelerator stays there"
+    if not isinstance(x, Tensor): return x
+    return x.item() if x.is_cpu else x.clone()
+
 class _Mean:
     "An average over examples, whose values stay on the device until somebody asks"
     def __init__(self): self.values, self.sizes = [], []
@@ -539,7 +544,7 @@ class Metric:
         self._mean.load_state_dict(state['mean'])
         self._preds, self._targets = list(state['preds']), list(state['targets'])
 
-# %% ../nbs/04_learner.ipynb #eee9b90b
+# %% ../nbs/04_learner.ipynb #6c5ee761
 @contextmanager
 def _named(metric: Metric) -> Iterator[None]:
     "An error within says which metric it comes from"
@@ -548,6 +553,7 @@ def _named(metric: Metric) -> Iterator[None]:
         e.add_note(f'(in the metric {metric.name})')
         raise
 
+# %% ../nbs/04_learner.ipynb #eee9b90b
 class Metrics(Callback):
     "Computes metrics on the validation set"
     order, single = 12, True
@@ -612,9 +618,7 @@ class Recorder(Callback):
         learn = self.learn
         if learn.loss is None: return
         (self._now if learn.training else self._valid).add(learn.loss, learn.batch_size())
-        if not learn.training: return
-        lr = learn.opt.param_groups[0]['lr']
-        self.lrs.append(lr if not isinstance(lr, Tensor) else cast(Any, lr.item() if lr.is_cpu else lr.clone()))
+        if learn.training: self.lrs.append(_fixed(learn.opt.param_groups[0]['lr']))
 
     def after_train(self) -> None: self.row['train_loss'] = self._now.mean()
 
@@ -662,6 +666,10 @@ class TerminateOnNaN(Callback):
         raise CancelFit
 
 # %% ../nbs/04_learner.ipynb #3ff59cc4
+def _single(loss: Any) -> Any:
+    if shape := tuple(loss.shape): raise ValueError(f'the loss is one number, got one of shape {shape}; take its mean')
+    return loss.detach()
+
 class _LossWatch(Callback):
     "Looks at every loss: at once where that is cheap, and at log points where it would make the device wait"
     def __init__(
@@ -717,15 +725,13 @@ class SanityCheck(_LossWatch):
 
     def after_loss(self) -> None:
         learn = self.learn
-        if not learn.training:
-            if self._unseen: sanity.check_target(learn.loss_func, learn.pred, learn.target(), owner=learn.model)
+        if learn.training:
+            if self._fresh: sanity.check_first_loss(learn.loss_func, learn.pred, _single(learn.loss), owner=learn.model)
+            self._fresh = False
+            self._watch(learn)
+        elif self._unseen:
+            sanity.check_target(learn.loss_func, learn.pred, learn.target(), owner=learn.model)
             self._unseen = False
-            return
-        if self._fresh:
-            if shape := (*learn.loss.shape,): raise ValueError(f'the loss is one number, got shape {shape}; take its mean')
-            sanity.check_first_loss(learn.loss_func, learn.pred, learn.loss.detach(), owner=learn.model)
-        self._fresh = False
-        self._watch(learn)
 
     def after_backward(self) -> None:
         sanity.check_grads(self.model)
@@ -765,14 +771,11 @@ class GradientClip(Callback):
 
 # %% ../nbs/04_learner.ipynb #3d5fe037
 class GradientAccumulation(Callback):
-    """One step for several batches, with the mean gradient over all their examples; the last ones of an epoch may be fewer
-
-    A batch that is cancelled before its backward pass is left out; after that it is in the sum, and counts.
-    """
+    "One step for several batches, of the mean gradient over their examples; one cancelled after its backward pass counts too"
     order, single = -20, True
     def __init__(
         self,
-        n_batches: int, # Batches for a step
+        n_batches: int, # Batches for a step; the last ones of an epoch may be fewer
     ):
         if n_batches < 1: raise ValueError(f'n_batches is at least 1, got {n_batches}')
         self.n_batches, self._batches, self._examples = n_batches, 0, 0

@@ -99,12 +99,13 @@ def _planned(groups: Sequence[Mapping[str, Any]], name: str, scheds: _Sched | Se
         raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} parameter groups; give one each, or only one')
     return [(i, name, sched) for i, sched in enumerate(each)]
 
-# %% ../nbs/04a_schedule.ipynb #2d42f585
+# %% ../nbs/04a_schedule.ipynb #83a1fe59
 def _alike(a: Any, b: Any) -> bool:
     "Equal but for the last digits, in which the cosines of two machines may differ"
     if isinstance(a, (list, tuple)): return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
     return a == b or type(a) is type(b) is float and isclose(a, b, rel_tol=1e-9, abs_tol=1e-15)
 
+# %% ../nbs/04a_schedule.ipynb #2d42f585
 class ParamScheduler(Callback):
     "Sets hyper-parameters of the optimizer before every training batch; after the fit they are as before"
     order = 5

@@ -618,7 +618,7 @@ def test_numbers_that_are_none():
     with pytest.raises(ZeroDivisionError) as info: learner(metrics=late).fit(1)
     assert '(in the metric late)' in info.value.__notes__
     loss = torch.nn.CrossEntropyLoss(reduction='none')
-    with pytest.raises(ValueError, match=r'one number, got shape \(8,\)'): L.Learner(DataLoaders(batches(8)), net(), loss).fit(1)
+    with pytest.raises(ValueError, match=r'one number, got one of shape \(8,\)'): L.Learner(DataLoaders(batches(8)), net(), loss).fit(1)
 
 
 def test_a_step_set_from_outside_is_still_there_after_a_fit():
