@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -118,9 +118,10 @@ def _names(cbs: Iterable[Any]) -> str: return ', '.join(type(cb).__name__ for cb
 # %% ../nbs/04_learner.ipynb #2e5ea0df
 class _Callbacks:
     "A list of callbacks that knows who is in it"
+    _handlers = _idle # One of its own while at work
+
     def __init__(self, cbs: Callback | Iterable[Callback]):
         self.cbs: list[Callback] = []
-        self._handlers = _idle
         for cb in _listed(cbs): self.add_cb(cb)
 
     def add_cb(
@@ -140,7 +141,7 @@ class _Callbacks:
             warnings.warn(f'{name}.{attribute} hides learn.{attribute}; choose another name', stacklevel=2)
         cb._owner = weakref.ref(self)
         self.cbs.append(cb)
-        if self._handlers is not _idle: print(f'{name} was added during a fit and joins at the next one')
+        if '_handlers' in vars(self): print(f'{name} was added during a fit and joins at the next one')
 
     def remove_cb(
         self,
@@ -158,10 +159,16 @@ class _Callbacks:
         raise KeyError(f'there is no {kind.__name__}; there are: {_names(self.cbs)}')
 
 # %% ../nbs/04_learner.ipynb #e709194f
+_leaving = {CancelBatch: _events[3:8], CancelEpoch: (*_events[1:12], 'after_cancel_batch'),
+            CancelFit: (*_events[:13], 'after_cancel_batch', 'after_cancel_epoch')}
+
 def _sign(e: Exception, f: Any, event: str) -> Exception:
-    "`e`, which says in whose method it was raised, unless it is a message to the loop"
-    if not isinstance(e, (CancelBatch, CancelEpoch, CancelFit)):
-        e.add_note(f'(in the callback {type(getattr(f, "__self__", f)).__name__}, at {event})')
+    "`e`, which says in whose method it was raised, unless it is a message that the loop hears; RuntimeError if none does"
+    for kind, heard in _leaving.items():
+        if not isinstance(e, kind): continue
+        if event in heard: return e
+        e = RuntimeError(f'{kind.__name__} has nothing to leave at {event}; raise it at one of {", ".join(heard)}')
+    e.add_note(f'(in the callback {type(getattr(f, "__self__", f)).__name__}, at {event})')
     return e
 
 class _Events(_Callbacks):
@@ -200,24 +207,26 @@ class _Scope(_Events):
     @contextmanager
     def _at_work(self, cbs: Callback | Iterable[Callback]) -> Iterator[None]:
         "With `cbs` added, in place of those that would do the same work; in the end everything is as it was before"
-        if self._handlers is not _idle: raise RuntimeError('this Learner is at work; a fit inside a fit needs one of its own')
+        if '_handlers' in vars(self): raise RuntimeError('this Learner is at work; a fit inside a fit needs one of its own')
         before, cbs = list(self.cbs), _listed(cbs)
         try:
             self.cbs = [c for c in before if not any(_twice(c, cb) for cb in cbs)]
             for cb in cbs: self.add_cb(cb)
-        except Exception:
+        except BaseException:
             self.cbs = before
             raise
         running, modes = list(self.cbs), [(m, m.training) for m in self.model.modules()]
+        own = {step: vars(self)[step] for step in _steps if step in vars(self)}
         try:
-            for cb in running: cb.learn = self
+            for cb in running: cb._owner, cb.learn = weakref.ref(self), self
             self._collect()
             yield
         finally:
             for cb in running: vars(cb).pop('learn', None)
             gone, new = [c for c in running if c not in self.cbs], [c for c in self.cbs if c not in running]
-            self._handlers, self.cbs = _idle, [c for c in before if c not in gone] + new
-            for step in _steps: vars(self).pop(step, None)
+            self.cbs = [c for c in before if c not in gone] + new
+            for name in '_handlers', *_steps: vars(self).pop(name, None)
+            vars(self).update(own)
             for m, training in modes: m.training = training
 
 # %% ../nbs/04_learner.ipynb #da317676
@@ -250,6 +259,11 @@ class _Optimizer(_Scope):
             group['lr'] = rate if lr == self._rates_lr else lr * ratio
 
 # %% ../nbs/04_learner.ipynb #ebc0cdcb
+def _inner(x: Any) -> Any:
+    "The first value in dicts of any depth"
+    while isinstance(x, Mapping) and x: x = next(iter(x.values()))
+    return x
+
 class _State(_Optimizer):
     "What a loop knows, and what it has to be told about a batch"
     def __init__(
@@ -276,7 +290,10 @@ class _State(_Optimizer):
 
     def batch_size(self) -> int:
         "Examples in the batch, its weight in averages"
-        return len(self.target())
+        target = self.target()
+        if isinstance(target, Tensor): return len(target)
+        tensors = (x for x in map(_inner, (target, *self.inputs())) if isinstance(x, Tensor))
+        return len(next(tensors, target))
 
     def inputs(self) -> Sequence[Any]:
         "What the model is called with: all of the batch but its last item, or the only item there is"
@@ -320,7 +337,7 @@ def _batches(dl: Iterable[Any]) -> Iterator[Iterator[Any]]:
     batches = iter(dl)
     try: yield batches
     finally:
-        end = getattr(batches, 'close', None)
+        end = None if batches is dl else getattr(batches, 'close', None)
         if end is None and not getattr(dl, 'persistent_workers', False): end = getattr(batches, '_shutdown_workers', None)
         if end is not None: end()
 
@@ -329,6 +346,7 @@ class _Ends(_Steps):
     def _begin(self, n_epochs: int, lr: float | None, reset_opt: bool) -> None:
         if n_epochs < 1: raise ValueError(f'fit needs at least one epoch, got {n_epochs}')
         self.n_epochs, self.fit_lr, self._outer = n_epochs, self.lr if lr is None else lr, sys.exc_info()[1]
+        self._first_epoch, self._skip_training = 0, False
         if reset_opt: self._opt = None
         if self._opt is None: return
         self._set_lr(self.fit_lr)
@@ -349,7 +367,6 @@ class _Ends(_Steps):
             try: f()
             except Exception as e: errors.append(_sign(e, f, 'after_fit'))
         if self._opt is not None: self._opt.zero_grad()
-        self._first_epoch, self._skip_training = 0, False
         under_way, outer, self._outer = sys.exc_info()[1], self._outer, None
         if errors and under_way in (None, outer): raise errors[0]
         if errors: cast(Any, under_way).add_note(f'(and after that, in after_fit: {errors[0]!r})')
@@ -443,6 +460,11 @@ class Device(Callback):
 # %% ../nbs/04_learner.ipynb #0b5e2870
 def _packed(numbers: Sequence[float]) -> Tensor: return torch.tensor(numbers, dtype=torch.float64)
 
+def _fixed(x: Any) -> Any:
+    "A number, or a tensor of one, as it is now; one on an accelerator stays there"
+    if not isinstance(x, Tensor): return x
+    return x.item() if x.is_cpu else x.clone()
+
 class _Mean:
     "An average over examples, whose values stay on the device until somebody asks"
     def __init__(self): self.values, self.sizes = [], []
@@ -476,7 +498,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     "Tensors of several batches as one, in tuples, lists and dicts of any depth"
     first = parts[0]
     if isinstance(first, Mapping): return {k: _joined([p[k] for p in parts]) for k in first}
-    if isinstance(first, Tensor): return torch.cat(list(parts))
+    if isinstance(first, Tensor): return torch.cat([p.to(parts[-1].device) for p in parts]) # A checkpoint's are on the CPU
     joined = [_joined(p) for p in zip(*parts)]
     return type(first)(*joined) if hasattr(first, '_fields') else type(first)(joined)
 
@@ -499,10 +521,14 @@ class Metric:
 
     def add(self, pred: Any, target: Any, size: int) -> None:
         "Count in a batch of `size` examples"
-        if self.average: self._mean.add(self.func(pred, target), size)
-        else:
+        if not self.average:
             self._preds.append(pred)
             self._targets.append(target)
+            return
+        value = self.func(pred, target)
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f'a metric is one number a batch, got a tensor of shape {tuple(value.shape)}; take its mean')
+        self._mean.add(value, size)
 
     def value(self) -> float: # NaN if there were no batches
         "The result for all batches since `reset`"
@@ -517,6 +543,15 @@ class Metric:
         "Be as the metric was whose `state_dict` this is"
         self._mean.load_state_dict(state['mean'])
         self._preds, self._targets = list(state['preds']), list(state['targets'])
+
+# %% ../nbs/04_learner.ipynb #6c5ee761
+@contextmanager
+def _named(metric: Metric) -> Iterator[None]:
+    "An error within says which metric it comes from"
+    try: yield
+    except Exception as e:
+        e.add_note(f'(in the metric {metric.name})')
+        raise
 
 # %% ../nbs/04_learner.ipynb #eee9b90b
 class Metrics(Callback):
@@ -546,13 +581,11 @@ class Metrics(Callback):
         if learn.training or learn.loss is None: return
         self._counted += 1
         for m in self.metrics:
-            try: m.add(learn.pred, learn.target(), learn.batch_size())
-            except Exception as e:
-                e.add_note(f'(in the metric {m.name})')
-                raise
+            with _named(m): m.add(learn.pred, learn.target(), learn.batch_size())
 
     def after_validate(self) -> None:
-        if self._counted: self.row.update({m.name: m.value() for m in self.metrics})
+        for m in self.metrics if self._counted else ():
+            with _named(m): self.row[m.name] = m.value()
 
     def state_dict(self) -> dict[str, Any]:
         "What each metric has counted"
@@ -585,7 +618,7 @@ class Recorder(Callback):
         learn = self.learn
         if learn.loss is None: return
         (self._now if learn.training else self._valid).add(learn.loss, learn.batch_size())
-        if learn.training: self.lrs.append(learn.opt.param_groups[0]['lr'])
+        if learn.training: self.lrs.append(_fixed(learn.opt.param_groups[0]['lr']))
 
     def after_train(self) -> None: self.row['train_loss'] = self._now.mean()
 
@@ -633,6 +666,10 @@ class TerminateOnNaN(Callback):
         raise CancelFit
 
 # %% ../nbs/04_learner.ipynb #3ff59cc4
+def _single(loss: Any) -> Any:
+    if shape := tuple(loss.shape): raise ValueError(f'the loss is one number, got one of shape {shape}; take its mean')
+    return loss.detach()
+
 class _LossWatch(Callback):
     "Looks at every loss: at once where that is cheap, and at log points where it would make the device wait"
     def __init__(
@@ -664,13 +701,15 @@ class _LossWatch(Callback):
                                  'since then. TerminateOnNaN looks before every step, and names the layer')
 
     def after_cancel_epoch(self) -> None: self._read()
+    def after_fit(self) -> None: self._read()
 
 # %% ../nbs/04_learner.ipynb #fc04c06f
 class SanityCheck(_LossWatch):
-    "The checks of lesson 03a: before a fit, on its first batch, and on the loss of every batch"
+    "The checks of lesson 03a: before a fit, on the first batches of training and validation, and on every training loss"
     order, single = -50, True
-    _fresh = True
+    _fresh, _unseen = True, False
 
+    def before_validate(self) -> None: self._unseen = True
     def before_fit(self) -> None:
         self._bad = None
         sanity.check_lr(self.fit_lr)
@@ -686,10 +725,13 @@ class SanityCheck(_LossWatch):
 
     def after_loss(self) -> None:
         learn = self.learn
-        if not learn.training: return
-        if self._fresh: sanity.check_first_loss(learn.loss_func, learn.pred, learn.loss.detach(), owner=learn.model)
-        self._fresh = False
-        self._watch(learn)
+        if learn.training:
+            if self._fresh: sanity.check_first_loss(learn.loss_func, learn.pred, _single(learn.loss), owner=learn.model)
+            self._fresh = False
+            self._watch(learn)
+        elif self._unseen:
+            sanity.check_target(learn.loss_func, learn.pred, learn.target(), owner=learn.model)
+            self._unseen = False
 
     def after_backward(self) -> None:
         sanity.check_grads(self.model)
@@ -729,11 +771,11 @@ class GradientClip(Callback):
 
 # %% ../nbs/04_learner.ipynb #3d5fe037
 class GradientAccumulation(Callback):
-    "One step for several batches, with the mean gradient over all their examples; the last ones of an epoch may be fewer"
+    "One step for several batches, of the mean gradient over their examples; one cancelled after its backward pass counts too"
     order, single = -20, True
     def __init__(
         self,
-        n_batches: int, # Batches for a step
+        n_batches: int, # Batches for a step; the last ones of an epoch may be fewer
     ):
         if n_batches < 1: raise ValueError(f'n_batches is at least 1, got {n_batches}')
         self.n_batches, self._batches, self._examples = n_batches, 0, 0
@@ -776,16 +818,22 @@ class GradientAccumulation(Callback):
         self._batches, self._examples = state['batches'], state['examples']
 
 # %% ../nbs/04_learner.ipynb #7e7fa5a3
+class _First:
+    "The first batch of a loader, whose workers end with it"
+    def __init__(self, dl: Iterable[Any]): self.dl = dl
+    def __iter__(self) -> Iterator[Any]:
+        with _batches(self.dl) as batches: yield from islice(batches, 1)
+
 class SingleBatch(Callback):
     "One batch of training and one of validation in an epoch, to see whether everything runs"
     single = True
-    def before_train(self) -> None: self.learn.dl = islice(self.dl, 1)
-    def before_validate(self) -> None: self.learn.dl = islice(self.dl, 1)
+    def before_train(self) -> None: self.learn.dl = _First(self.dl)
+    def before_validate(self) -> None: self.learn.dl = _First(self.dl)
 
 # %% ../nbs/04_learner.ipynb #b6e1589a
 def _length(dl: Any) -> int | None:
     try: return len(dl)
-    except TypeError: return None
+    except (TypeError, NotImplementedError): return None
 
 def _drawn(recorder: Recorder) -> Any:
     "The losses as a picture for a page, made without pyplot and its global state"
@@ -879,12 +927,21 @@ class Progress(Callback):
 
 # %% ../nbs/04_learner.ipynb #bb9032be
 def _save_weights(model: nn.Module, path: Path) -> None:
-    "Write a whole file or none"
+    "Write a whole file or none; TypeError for what is no tensor"
+    for k, v in model.state_dict().items():
+        if not isinstance(v, Tensor): raise TypeError(f'save keeps tensors, {k} is {type(v).__name__}; Checkpoint keeps it')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         save_model(model, str(part))
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
+
+def _tied(model: nn.Module) -> dict[str, set[str]]:
+    "For every name all the names of its tensor"
+    groups: dict[Any, set[str]] = {}
+    keys = {k: (v.data_ptr() or k, v.shape, v.stride()) for k, v in model.state_dict().items()}
+    for k, key in keys.items(): groups.setdefault(key, set()).add(k)
+    return {k: groups[key] for k, key in keys.items()}
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     "Read weights, all of them or none"
@@ -892,11 +949,18 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         with safe_open(path, 'pt') as f: # type: ignore[no-untyped-call]
             saved, tied = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path.name} is no whole safetensors file: {e}') from e
+    if 'dlfound_checkpoint' in tied:
+        raise ValueError(f'{path.name} is a checkpoint, which has more in it than weights; resume goes on from there')
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    same = _tied(model)
     wrong = [f'{k} is not in the file' for k in own if k not in saved and k not in tied]
     wrong += [f'{k} is not in the model' for k in saved if k not in own]
     wrong += [f'{k} has shape {saved[k]} in the file and {own[k]} in the model'
               for k in saved if k in own and saved[k] != own[k]]
+    wrong += [f'{k} and {tied[k]} are one tensor in the file and two in the model'
+              for k in tied if k in own and tied[k] not in same[k]]
+    wrong += [f'{k} and {name} are one tensor in the model and two in the file' for k in saved if k in own
+              for name in same[k] if k < name and name in saved]
     if wrong:
         raise ValueError(f'{path.name} holds the weights of another model: ' + '; '.join(wrong[:4]) + '; …' * (len(wrong) > 4))
     load_model(model, path)
@@ -904,6 +968,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 # %% ../nbs/04_learner.ipynb #a9891617
 class _Gather(Callback):
     "Keeps predictions and targets, and goes no further than the model"
+    order = inf # What other callbacks make of a prediction is the prediction
     def __init__(self, targets: bool): self.preds, self.targets, self._wanted = [], [], targets
 
     def after_pred(self) -> None:
@@ -914,6 +979,12 @@ class _Gather(Callback):
         raise CancelBatch
 
 # %% ../nbs/04_learner.ipynb #066cec23
+def _alone(x: Any) -> Any:
+    "The only row of every tensor, in tuples, lists and dicts of any depth"
+    if isinstance(x, Tensor): return x[0]
+    if isinstance(x, Mapping): return {k: _alone(v) for k, v in x.items()}
+    return type(x)(*map(_alone, x)) if hasattr(x, '_fields') else type(x)(map(_alone, x))
+
 class _Judge(TrainingLoop):
     "What a model says, and how good that is"
     def validate(
@@ -940,14 +1011,15 @@ class _Judge(TrainingLoop):
         "What the model says to each example, in evaluation mode; no loss is computed"
         gather = _Gather(targets)
         self.validate(dl, gather)
+        if not gather.preds: raise ValueError('there was no batch to predict for; iterators can be used up: pass a loader')
         return _joined(gather.preds), _joined(gather.targets) if gather.targets else None
 
     def predict(
         self,
         x: Any, # A sample without its target: a tensor without the batch dimension, or a dict
-    ) -> Tensor: # On the CPU
+    ) -> Any: # A tensor, or a tuple, list or dict of them, without the batch dimension; on the CPU
         "What the model says to a single sample"
-        return self.get_preds([collate([x if isinstance(x, Mapping) else (x,)])], targets=False)[0][0]
+        return _alone(self.get_preds([collate([x if isinstance(x, Mapping) else (x,)])], targets=False)[0])
 
 # %% ../nbs/04_learner.ipynb #4a1ee805
 class Learner(_Judge):

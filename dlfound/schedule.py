@@ -19,10 +19,11 @@ from copy import deepcopy
 from functools import partial
 from inspect import signature
 from itertools import accumulate, chain
-from math import cos, fsum, inf, isfinite, pi
+from math import cos, fsum, inf, isclose, isfinite, pi
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -31,9 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .learner import (Callback, CancelEpoch, CancelFit, Metrics, Progress, Recorder, SanityCheck, _batches, _length,
-                             _listed)
+from .learner import (Callback, CancelEpoch, CancelFit, Device, Metrics, Progress, Recorder, SanityCheck, _batches,
+                             _length, _listed)
 from .minibatch import DataLoader
+from .sanity import check_loader, check_lr, check_trainable
 
 # %% ../nbs/04a_schedule.ipynb #dcb21db7
 _Sched = Callable[[float], Any]
@@ -65,6 +67,7 @@ def combine_scheds(
     scheds: Sequence[_Sched], # A schedule for each phase
 ) -> _Sched:
     "One schedule after another, each going through all of its positions in its own phase"
+    pcts, scheds = [float(pct) for pct in pcts], list(scheds)
     if len(pcts) != len(scheds) or not pcts: raise ValueError(f'each phase needs a share, got {len(pcts)} for {len(scheds)} schedules')
     if not (min(pcts) >= 0 and abs(fsum(pcts) - 1) < 1e-6):
         raise ValueError(f'the shares of the phases add up to 1 and none is negative, got {list(pcts)}, together {fsum(pcts)}')
@@ -96,6 +99,12 @@ def _planned(groups: Sequence[Mapping[str, Any]], name: str, scheds: _Sched | Se
         raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} parameter groups; give one each, or only one')
     return [(i, name, sched) for i, sched in enumerate(each)]
 
+# %% ../nbs/04a_schedule.ipynb #83a1fe59
+def _alike(a: Any, b: Any) -> bool:
+    "Equal but for the last digits, in which the cosines of two machines may differ"
+    if isinstance(a, (list, tuple)): return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
+    return a == b or type(a) is type(b) is float and isclose(a, b, rel_tol=1e-9, abs_tol=1e-15)
+
 # %% ../nbs/04a_schedule.ipynb #2d42f585
 class ParamScheduler(Callback):
     "Sets hyper-parameters of the optimizer before every training batch; after the fit they are as before"
@@ -125,12 +134,15 @@ class ParamScheduler(Callback):
 
     def before_batch(self) -> None:
         if not self.training: return
-        pos = min((self.epoch * self._each + self.iter) / max(self._last, 1), 1)
+        if self.iter >= self._each:
+            raise ValueError(f'the schedule was made for {self._each} batches an epoch, and there are more; pass n_batches=…')
+        pos = (self.epoch * self._each + self.iter) / max(self._last, 1)
         groups = self.opt.param_groups
         for i, name, sched in self._plan: _set(groups[i], name, sched(pos))
 
     def after_fit(self) -> None:
         for (i, name, _), value in zip(self._plan, self._before): _set(self.opt.param_groups[i], name, value)
+        self._plan = []
 
     def state_dict(self) -> dict[str, Any]:
         "What was there before, and samples by which the schedules are known again"
@@ -140,14 +152,15 @@ class ParamScheduler(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on, with the same schedules; ValueError if they are others"
         own = self.state_dict()
-        if any(own[k] != state[k] for k in ('last', 'samples')):
+        if own['last'] != state['last'] or not _alike(own['samples'], state['samples']):
             raise ValueError('ParamScheduler has other schedules, or another number of batches, than the interrupted fit; '
                              'pass the same to resume')
         self._before = state['before']
 
 # %% ../nbs/04a_schedule.ipynb #c58158fe
 def _over(lr: float, div: float) -> float:
-    "`lr / div`, where that is a rate below or above `lr`"
+    "`lr / div`, where that is a rate below or above `lr`; ValueError for an `lr` that cannot be one"
+    check_lr(lr)
     if not 0 < div < inf: raise ValueError(f'a learning rate can be divided by a positive number, got {div}')
     return lr / div
 
@@ -177,6 +190,7 @@ def warmup(
     then: _Sched | None = None, # What follows, such as `sched_cos(lr, 0)`; `None`: `lr` as it is
 ) -> dict[str, _Sched]: # For `ParamScheduler`
     "From 0 up to `lr` in a line, then something else"
+    check_lr(lr)
     return dict(lr=combine_scheds([pct, 1 - pct], [sched_lin(0, lr), then or sched_no(lr, lr)]))
 
 # %% ../nbs/04a_schedule.ipynb #322e63b8
@@ -196,7 +210,7 @@ def _put(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         own = getattr(owner, leaf, None)
         if own is None or own.shape != value.shape or own.dtype != value.dtype: setattr(owner, leaf, value.clone())
         elif own.stride() != value.stride(): own.data = value.to(own.device, copy=True)
-        elif not torch.equal(own, value.to(own.device)): own.copy_(value)
+        elif 0 not in own.stride() or not torch.equal(own, value.to(own.device)): own.copy_(value) # For -0. too
 
 # %% ../nbs/04a_schedule.ipynb #cf2b3578
 def _results(learn: Any) -> list[str]:
@@ -256,7 +270,8 @@ class EarlyStopping(_Monitor):
             if self.restore: self._kept = _copied(self.model)
         else: self._wait += 1
         if self._wait < self.patience: return
-        print(f'{self.monitor} was best in epoch {self.best_epoch}; the fit ends after epoch {self.epoch}')
+        best = 'was no number' if self.best_epoch is None else f'was best in epoch {self.best_epoch}'
+        print(f'{self.monitor} {best}; the fit ends after epoch {self.epoch}')
         raise CancelFit
 
     def after_cancel_fit(self) -> None:
@@ -275,17 +290,27 @@ class EarlyStopping(_Monitor):
         self._best, self.best_epoch, self._wait, self._over, self._kept = state.values()
 
 # %% ../nbs/04a_schedule.ipynb #76ae9d34
+def _held(x: Any) -> list[Any]:
+    "What an object holds, where generators may be in it: no long list of samples, nothing that a loader keeps to itself"
+    if isinstance(x, (list, tuple)): return list(x) if len(x) <= 64 else []
+    if isinstance(x, Mapping): return list(x.values()) if len(x) <= 64 else []
+    if isinstance(x, partial): return [x.func, *x.args, *x.keywords.values()]
+    if isinstance(x, (Tensor, np.ndarray, type, ModuleType, FunctionType)): return []
+    if isinstance(x, MethodType): return [x.__self__]
+    private = isinstance(x, torch.utils.data.DataLoader)
+    return [v for k, v in getattr(x, '__dict__', {}).items() if not (private and k.startswith('_'))]
+
 def _sources(learn: Any) -> list[Any]:
     "Everything with random numbers to give: the global generators, the accelerator's, and those that the loaders hold"
     kind = next((p.device.type for p in learn.model.parameters()), 'cpu')
     found: list[Any] = [random, np.random, torch, *([] if kind in ('cpu', 'meta') else [torch.get_device_module(kind)])]
-    todo = [learn.dls.train, learn.dls.valid]
+    kinds = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
+    todo, seen = [learn.dls.train, learn.dls.valid], {id(learn)}
     for x in todo:
-        held = getattr(x, '__dict__', {})
-        for v in held.values():
-            if isinstance(v, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-                if not any(v is f for f in found): found.append(v)
-        todo += [v for k in ('sampler', 'batch_sampler', 'dataset') if (v := held.get(k)) is not None]
+        if id(x) in seen: continue
+        seen.add(id(x))
+        if isinstance(x, kinds): found.append(x)
+        else: todo += _held(x)
     return found
 
 def _rng_state(source: Any) -> Any:
@@ -304,6 +329,18 @@ def _set_rng(learn: Any, states: Sequence[Any]) -> None:
         raise ValueError(f'there are {len(sources)} random generators, where there were {len(states)}; give the loaders theirs')
     for source, state in zip(sources, states): _set_rng_state(source, state)
 
+# %% ../nbs/04a_schedule.ipynb #38f9d4ee
+def _load_opt(opt: Any, saved: Mapping[str, Any]) -> None:
+    "As `opt.load_state_dict`, which casts what it keeps for a parameter to the type of that; here float32 stays float32"
+    opt.load_state_dict(saved)
+    if not isinstance(opt, torch.optim.Optimizer): return
+    params = [p for group in opt.param_groups for p in group['params']]
+    names = [name for group in saved['param_groups'] for name in group['params']]
+    for p, name in zip(params, names):
+        own = opt.state.get(p, {})
+        for k, v in saved['state'].get(name, {}).items():
+            if isinstance(v, Tensor) and own[k].dtype != v.dtype: own[k] = v.to(own[k].device)
+
 # %% ../nbs/04a_schedule.ipynb #7be217df
 @contextmanager
 def _restored(learn: Any) -> Iterator[None]:
@@ -311,22 +348,26 @@ def _restored(learn: Any) -> Iterator[None]:
     kept, opt, model = dict(vars(learn)), learn._opt, learn.model
     weights, rng = _copied(model), _rng(learn)
     grads = [(p, p.grad if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    states = [(cb, deepcopy(state)) for cb in learn.cbs if (state := cb.state_dict())]
-    if opt is not None: states.append((opt, deepcopy(opt.state_dict())))
+    states = [(cb, dict(vars(cb)), deepcopy(cb.state_dict())) for cb in learn.cbs]
+    remembered = None if opt is None else deepcopy(opt.state_dict())
     try: yield
     finally:
         vars(learn).clear()
         vars(learn).update(kept)
         _put(model, weights)
         for p, grad in grads: p.grad = grad
-        for owner, state in states: owner.load_state_dict(state)
+        for cb, own, state in states:
+            vars(cb).clear()
+            vars(cb).update(own)
+            if state: cb.load_state_dict(state)
+        if remembered is not None: _load_opt(opt, remembered)
         _set_rng(learn, rng)
 
 # %% ../nbs/04a_schedule.ipynb #0ebd4f80
 class _Helper(Callback): "One that a function here adds for its own purposes, and that is no part of the fit"
 
 class _Sweep(_Helper):
-    order = -inf
+    order, ended = -inf, False
     def __init__(self, lrs: Sequence[float], smooth: float):
         self.lrs, self.smooth, self.losses, self.smoothed, self._mean = lrs, smooth, [], [], 0.
 
@@ -334,12 +375,14 @@ class _Sweep(_Helper):
 
     def after_loss(self) -> None:
         loss = float(self.loss.detach())
-        if not isfinite(loss): raise CancelFit
+        self.ended = not isfinite(loss)
+        if self.ended: raise CancelFit
         self.losses.append(loss)
         self._mean = self.smooth * self._mean + (1 - self.smooth) * loss
         self.smoothed.append(self._mean / (1 - self.smooth**len(self.losses)))
         best = min(self.smoothed)
-        if self.smoothed[-1] > best + 3 * abs(best) or len(self.losses) == len(self.lrs): raise CancelFit
+        self.ended = self.smoothed[-1] > best + 3 * abs(best) or len(self.losses) == len(self.lrs)
+        if self.ended: raise CancelFit
 
     def before_validate(self) -> None: raise CancelEpoch
 
@@ -387,10 +430,16 @@ def lr_find(
     if not 0 <= smooth < 1: raise ValueError(f'smooth is a share of the past, at least 0 and below 1, got {smooth}')
     sweep = _Sweep([sched_exp(start, end)(i / (n - 1)) for i in range(n)], smooth)
     away = ParamScheduler, _Monitor, Progress, Recorder, Metrics, SanityCheck
+    check_trainable(learn.model)
+    check_loader(learn.dls.train, 'dls.train')
+    for cb in learn.cbs:
+        if isinstance(cb, Device): learn.model.to(cb.device) # Which is where the random numbers will come from
     with _restored(learn):
         learn.cbs, learn._told = [cb for cb in learn.cbs if not isinstance(cb, away)], True
         learn.fit(n, start, sweep)
-    if len(sweep.losses) < 2: raise ValueError(f'the loss was not finite, or there was no batch, at a learning rate of {start}')
+    if not sweep.ended:
+        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; an iterator can be used up: pass a loader')
+    if len(sweep.losses) < 2: raise ValueError(f'the loss was not finite at a rate of {start}; look at the data and the model')
     lrs = list(sweep.lrs[:len(sweep.losses)])
     return LRSweep(lrs, sweep.losses, sweep.smoothed, _halfway(lrs, sweep.smoothed))
 
@@ -477,7 +526,7 @@ def _write(path: Path, content: Any) -> None:
     text = json.dumps(packer.pack(content, ''))
     metadata = dict(dlfound_checkpoint=str(_FORMAT), sha256=_digest(text, packer.tensors), content=text)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    part.mkdir()
+    part.mkdir(exist_ok=True)
     try:
         save_file(packer.tensors, part / 'file', metadata)
         _flush(part / 'file')
@@ -571,7 +620,8 @@ class _Shelf:
     def sweep(self) -> None:
         "Remove what processes left that died while they wrote"
         for part in self.folder.glob('.fit*.part'):
-            if not _alive(int(part.name.split('.')[-2])): rmtree(part, ignore_errors=True)
+            pid = int(part.name.split('.')[-2])
+            if pid == os.getpid() or not _alive(pid): rmtree(part, ignore_errors=True) # In containers, all are process 1
 
     def add(self, name: str, value: float) -> Path: # The lowest value is the best
         "Where to write a file, which now belongs to this fit"
@@ -614,7 +664,7 @@ class Checkpoint(_Noted):
         if unit not in ('epoch', 'batch'): raise ValueError(f"unit is 'epoch' or 'batch', got {unit!r}")
         if not all(isinstance(n, int) and n > 0 for n in (every, keep)):
             raise ValueError(f'every and keep are whole numbers from 1, got {every!r} and {keep!r}')
-        self.folder, self.every, self.unit, self.keep = Path(folder), every, unit, keep
+        self.folder, self.every, self.unit, self.keep = Path(folder).resolve(), every, unit, keep
         self._shelf = _Shelf(self.folder, keep)
 
     def before_fit(self) -> None:
@@ -714,7 +764,7 @@ class _Resume(_Helper):
         learn, saved, at = self.learn, self.saved, self._at
         _put(learn.model, saved['model'])
         for name, state in saved['extra'].items(): learn.model.get_submodule(name.rpartition('.')[0]).set_extra_state(state)
-        learn.opt.load_state_dict(saved['opt']['state'])
+        _load_opt(learn.opt, saved['opt']['state'])
         learn._rates, learn._rates_lr = saved['opt']['rates'], saved['opt']['lr']
         done = at['stage'] == '3done'
         learn.epoch, learn.row, learn._skip_training = at['epoch'], dict(at['row']), at['stage'] == '2valid'

@@ -2,6 +2,7 @@
 
 Run as a script it reads cases as lines of JSON and answers each with a line; tests/test_resume.py asks.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -188,6 +189,7 @@ def forked(f, *args, stop=None):
     pid = os.fork()
     if not pid:
         try:
+            os.setpgid(0, 0)
             os.close(r)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout = open(os.devnull, 'w')
@@ -199,8 +201,9 @@ def forked(f, *args, stop=None):
     if stop is not None:
         time.sleep(stop)
         os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1] # what it says fits into the pipe
+    with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # loader workers that it left, which would hold the pipe open
     with os.fdopen(r, 'rb') as pipe: answer = pipe.read()
-    status = os.waitpid(pid, 0)[1]
     return json.loads(answer) if answer else dict(died=os.WTERMSIG(status) if os.WIFSIGNALED(status) else status)
 
 

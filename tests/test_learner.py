@@ -453,7 +453,7 @@ def test_no_synchronisation_in_a_step():
     learn = learner(train=[4] * 10, valid=[4] * 3, cbs=cbs)
     with mode: learn.fit(2)
     steps = {w for w, _ in mode.seen if w}
-    first = {(0, True, 0)} # looked at once, by the checks of the first batch
+    first = {(0, True, 0), (0, False, 0), (1, False, 0)} # looked at once, by the checks of the first batches
     assert steps - first == {(e, True, i) for e in (0, 1) for i in (3, 7)}, mode.seen
     assert sum(w is not None and w not in first for w, _ in mode.seen) == 4
 
@@ -575,3 +575,167 @@ def test_progress_on_a_page_leaves_one_table(plot):
     assert len(tables) == 1 and len(pictures) == plot and len(outputs) == 1 + plot, [o.output_type for o in outputs]
     assert 'batch' not in tables[0]['data']['text/html']
     check_table(tables[0]['data']['text/plain'].splitlines())
+
+
+# What a second reader found
+
+@pytest.mark.parametrize('event, exception', [('after_batch', CancelBatch), ('before_fit', CancelEpoch), ('after_epoch', CancelEpoch), ('after_fit', CancelFit)])
+def test_a_cancel_that_nobody_hears_says_so(event, exception):
+    learn = learner(cbs=at(event, raiser(exception())))
+    with pytest.raises(RuntimeError, match=f'{exception.__name__} has nothing to leave at {event}') as info: learn.fit(1)
+    assert 'the callback At' in info.value.__notes__[0]
+    learn.remove_cb(learn.cbs[0])
+    learn.fit(1)
+
+
+@pytest.mark.parametrize('wrap', [lambda y: (y, y, y), lambda y: [y, y], lambda y: dict(a=y, b=dict(c=y)), lambda y: [dict(c=int(i)) for i in y]])
+def test_examples_are_counted_in_targets_of_several_parts(wrap):
+    train = [(x, wrap(y)) for x, y in batches(8, 8, 5)]
+    learn = L.Learner(DataLoaders(train), net(), lambda pred, t: pred.square().mean())
+    learn.fit(1)
+    losses = learn[Recorder].losses
+    assert learn.row['train_loss'] == pytest.approx(sum(v * n for v, n in zip(losses, (8, 8, 5))) / 21)
+
+
+def test_images_of_several_sizes_are_counted_by_their_targets():
+    "As in detection: a tuple of images and a tuple of dicts, with as many boxes as it happens"
+    loop = L.TrainingLoop(None, net(), None)
+    loop.batch = (torch.zeros(3, 4), torch.zeros(3, 5)), (dict(boxes=torch.zeros(7, 4)), dict(boxes=torch.zeros(1, 4)))
+    assert loop.batch_size() == 2
+
+
+def test_a_target_wrong_in_validation_only():
+    train, valid = ([(x, torch.zeros(len(x), *shape)) for x, _ in batches(8)] for shape in ((3,), (1,)))
+    learn = L.Learner(DataLoaders(train, valid), net(), torch.nn.functional.mse_loss)
+    with pytest.raises(ValueError, match=r'target of shape \(8, 1\)'): learn.fit(1)
+
+
+def test_numbers_that_are_none():
+    right = Metric(lambda p, t: (p.argmax(1) == t).float(), 'right')
+    with pytest.raises(ValueError, match='take its mean') as info: learner(metrics=right).fit(1)
+    assert '(in the metric right)' in info.value.__notes__
+    late = Metric(lambda p, t: 1 / 0, 'late', average=False)
+    with pytest.raises(ZeroDivisionError) as info: learner(metrics=late).fit(1)
+    assert '(in the metric late)' in info.value.__notes__
+    loss = torch.nn.CrossEntropyLoss(reduction='none')
+    with pytest.raises(ValueError, match=r'one number, got one of shape \(8,\)'): L.Learner(DataLoaders(batches(8)), net(), loss).fit(1)
+
+
+def test_a_step_set_from_outside_is_still_there_after_a_fit():
+    learn, calls = learner(), []
+    learn.zero_grad = lambda: (calls.append(1), learn.opt.zero_grad())
+    learn.fit(1)
+    assert 'zero_grad' in vars(learn)
+    n = len(calls)
+    learn.fit(1)
+    assert len(calls) == 2 * n
+
+
+def test_a_copy_is_a_learner_of_its_own():
+    learn = learner(metrics=accuracy)
+    learn.fit(1)
+    other = copy.deepcopy(learn)
+    assert same(learn.model, other.model)
+    other.fit(1)
+    assert not same(learn.model, other.model) and len(learn[Recorder].losses) == 3 and len(other[Recorder].losses) == 6
+    assert other[Recorder].learn is other
+    learn.fit(1)
+    assert same(learn.model, other.model)
+
+
+class Reader:
+    "A loader that is its own iterator, and can be closed by its owner"
+    closed = False
+    def __iter__(self):
+        self.left = iter(batches(4, 4))
+        return self
+    def __next__(self):
+        assert not self.closed
+        return next(self.left)
+    def close(self): self.closed = True
+    def __len__(self): raise NotImplementedError
+
+
+def test_a_loader_is_not_closed_and_need_not_know_its_length():
+    learn = L.Learner(DataLoaders(Reader()), net(), loss_func, cbs=Progress())
+    learn.fit(2)
+    assert len(learn[Recorder].losses) == 4
+
+
+def test_a_single_batch_sends_its_workers_home():
+    from dlfound.minibatch import Dataset
+    for Loader in L.DataLoader, torch.utils.data.DataLoader:
+        dl = Loader(Dataset(torch.randn(32, 6), torch.arange(32) % 3), 8, num_workers=1)
+        learn = L.Learner(DataLoaders(dl, dl), net(), loss_func, cbs=SingleBatch())
+        learn.fit(1)
+        assert len(learn[Recorder].losses) == 1 and not children()
+
+
+def test_a_bad_loss_is_told_though_the_fit_was_left():
+    def leave(self):
+        if self.iter == 7: raise CancelFit
+    train = poisoned(5)
+    learn = L.Learner(DataLoaders(train), net(), loss_func, cbs=[SanityCheck('log', every=50), at('after_batch', leave)])
+    with pytest.raises(FloatingPointError, match='in batch 5'): learn.fit(1)
+
+
+def test_learning_rates_in_a_tensor_are_recorded_one_by_one():
+    learn = learner(opt=lambda p, lr: torch.optim.SGD(p, lr=torch.tensor(lr)))
+    def lower(self): self.opt.param_groups[0]['lr'].mul_(.5)
+    learn.fit(1, cbs=at('after_step', lower))
+    assert learn[Recorder].lrs == pytest.approx([.05, .025, .0125])
+
+
+def test_predictions_are_what_other_callbacks_made_of_them():
+    def soften(self): self.learn.pred = self.pred.softmax(-1)
+    preds, _ = learner(cbs=at('after_pred', soften, order=3)).get_preds()
+    torch.testing.assert_close(preds.sum(-1), torch.ones(6))
+
+
+def test_nothing_to_predict_for():
+    learn = learner()
+    learn.remove_cb(SanityCheck)
+    with pytest.raises(ValueError, match='no batch to predict for'): learn.get_preds([])
+
+
+def test_a_prediction_of_several_parts():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+        def forward(self, x): return dict(scores=self.layer(x), pair=(x, x[:, 0]))
+    learn, x = learner(Two()), torch.randn(6)
+    got = learn.predict(x)
+    torch.testing.assert_close(got['scores'], learn.model.layer(x))
+    assert torch.equal(got['pair'][0], x) and got['pair'][1] == x[0]
+
+
+def test_interrupted_while_it_tidied_up_a_resumed_fit():
+    learn = learner()
+    learn._first_epoch, learn._skip_training = 3, True # As it is if Ctrl-C came before the end of a resumed fit
+    learn.fit(1)
+    assert len(learn[Recorder].losses) == 3
+
+
+@pytest.mark.parametrize('saved, own', [(True, False), (False, True)])
+def test_tied_or_not_is_another_model(tmp_path, saved, own):
+    def made(tied):
+        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        if tied: model[1].weight = model[0].weight
+        return holding(model)
+    made(saved).save(tmp_path / 'w.safetensors')
+    other = made(own)
+    before = copy.deepcopy(other.model.state_dict())
+    with pytest.raises(ValueError, match='one tensor in the ' + ('file' if saved else 'model')): other.load(tmp_path / 'w.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), other.model.state_dict().values()))
+
+
+def test_what_weights_are_not(tmp_path):
+    from dlfound.schedule import Checkpoint
+    learn = learner()
+    learn.fit(1, cbs=Checkpoint(tmp_path))
+    with pytest.raises(ValueError, match='is a checkpoint'): learn.load(next(tmp_path.iterdir()))
+    class Extra(nn.Linear):
+        def get_extra_state(self): return dict(a=1)
+        def set_extra_state(self, state): pass
+    with pytest.raises(TypeError, match='_extra_state is dict'): holding(Extra(6, 3)).save(tmp_path / 'w')

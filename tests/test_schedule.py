@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -236,7 +237,10 @@ def test_sweep_edges():
     bad = learner()
     bad.model[0].weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match='not finite'): lr_find(bad)
-    with pytest.raises(ValueError, match='no batch'): lr_find(learner(dls=DataLoaders([], None)))
+    with pytest.raises(ValueError, match='dls.train is empty'): lr_find(learner(dls=DataLoaders([], None)))
+    with pytest.raises(ValueError, match='5 of 100 batches'): lr_find(learner(dls=DataLoaders(iter(list(data().train)))))
+    for p in bad.model.parameters(): p.requires_grad_(False)
+    with pytest.raises(ValueError, match='frozen'): lr_find(bad)
     flat = learner(lambda p, lr: optim.SGD(p, lr), model=nn.Sequential(nn.Linear(4, 3)))
     sweep = lr_find(flat, 1e-6, 100., n=60)
     assert len(sweep.lrs) <= 60 and sweep.lrs[0] == 1e-6 and sweep.suggestion in sweep.lrs
@@ -621,3 +625,167 @@ def test_freed(tmp_path):
     gone = weakref.ref(learn)
     del learn
     assert gone() is None
+
+
+# what a second reader found
+
+class Wrapped:
+    "A loader of others around one with a generator"
+    def __init__(self, dl): self.inner = dict(dl=[dl])
+    def __len__(self): return len(self.inner['dl'][0])
+    def __iter__(self): yield from self.inner['dl'][0]
+
+
+class Shaken(torch.utils.data.Dataset):
+    "Samples that are changed by a generator in a transform"
+    def __init__(self): self.transform = partial(self.shake, rng=np.random.default_rng(0))
+    def shake(self, x, rng): return x + float(rng.normal())
+    def __len__(self): return 20
+    def __getitem__(self, i): return self.transform(torch.full((4,), i / 10)), torch.tensor(i % 3)
+
+
+class Masters(optim.Optimizer):
+    "SGD on exact copies of rounded weights"
+    def __init__(self, params, lr): super().__init__(params, dict(lr=lr))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                exact = self.state[p].setdefault('exact', p.float())
+                p.copy_(exact.sub_(group['lr'] * p.grad.float()))
+
+
+def wrapped(): return DataLoaders(Wrapped(torch.utils.data.DataLoader(Shaken(), 8, shuffle=True, generator=torch.Generator().manual_seed(1))), data().valid)
+def joined(): return DataLoaders(DataLoader(torch.utils.data.ConcatDataset([Shaken(), Shaken()]), 8), data().valid)
+def rounded(): return DataLoaders(*([(x.bfloat16(), y) for x, y in dl] for dl in (data().train, data().valid)))
+
+
+@pytest.mark.parametrize('dls, opt, dtype', [(wrapped, optim.SGD, torch.float32), (joined, optim.SGD, torch.float32), (rounded, Masters, torch.bfloat16)])
+def test_resume_and_sweep_with_state_in_odd_places(dls, opt, dtype, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return learner(opt, dls=dls(), model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype))
+    def exact(learn): return [s['exact'] for s in learn.opt.state.values() if s]
+    whole = made()
+    torch.manual_seed(5)
+    whole.fit(2)
+    swept = made()
+    lr_find(swept, n=8)
+    torch.manual_seed(5)
+    swept.fit(1)
+    lr_find(swept, n=8)
+    assert swept[Recorder].losses == whole[Recorder].losses[:len(swept[Recorder].losses)] and all(t.dtype == torch.float32 for t in exact(swept))
+    first = made()
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match='stop'): first.fit(2, cbs=[Checkpoint(tmp_path, unit='batch'), Stop(1, 1)])
+    again = made()
+    resume(again, tmp_path, cbs=type('Stop', (Callback,), {})())
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    assert all(map(torch.equal, exact(whole), exact(again)))
+
+
+def test_a_negative_zero_comes_back(tmp_path):
+    model = nn.Linear(2, 2)
+    model.bias.data.fill_(-0.)
+    saved = schedule._copied(model)
+    model.bias.data.fill_(0.)
+    schedule._put(model, saved)
+    assert model.bias.signbit().all()
+
+
+def test_a_sweep_puts_attributes_of_callbacks_back():
+    class Count(Callback):
+        n = 0
+        def after_batch(self): self.n += 1
+    learn = learner(cbs=(count := Count()))
+    lr_find(learn, n=8)
+    assert count.n == 0 and count.learn is learn
+
+
+def test_remains_of_a_process_of_our_number(tmp_path):
+    "In a container each run may be process 1"
+    part = tmp_path / f'.fit000_epoch0000_3done.safetensors.{os.getpid()}.part'
+    part.mkdir()
+    schedule._write(tmp_path / 'fit000_epoch0000_3done.safetensors', dict(a=1))
+    assert not part.exists()
+    part.mkdir()
+    learner().fit(1, cbs=Checkpoint(tmp_path))
+    assert not part.exists()
+
+
+def test_a_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keep = Checkpoint('here')
+    monkeypatch.chdir('/')
+    learner().fit(1, cbs=keep)
+    assert len(list((tmp_path / 'here').iterdir())) == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='two Checkpoints'): learner().fit(1, cbs=[Checkpoint('here'), Checkpoint(tmp_path / 'here')])
+
+
+def test_more_batches_than_were_said():
+    with pytest.raises(ValueError, match='made for 3 batches an epoch'): learner().fit(2, cbs=ParamScheduler(flat_cos(.1), n_batches=3))
+
+
+def test_a_fit_that_never_began_changes_no_parameter():
+    class Fails(Callback):
+        order, now = -1, False
+        def before_fit(self): assert not self.now
+    fails = Fails()
+    learn = learner(lambda p, lr: optim.SGD(p, lr, momentum=.9), cbs=[fails, ParamScheduler({'momentum': sched_lin(.9, .8)})])
+    learn.fit(1)
+    learn.opt.param_groups[0]['momentum'], fails.now = .5, True
+    with pytest.raises(AssertionError): learn.fit(1)
+    assert learn.opt.param_groups[0]['momentum'] == .5
+
+
+@pytest.mark.parametrize('recipe', [one_cycle, flat_cos, warmup])
+@pytest.mark.parametrize('lr', [0, -.1, math.nan, math.inf])
+def test_recipes_look_at_the_rate(recipe, lr):
+    with pytest.raises(ValueError, match='finite and above 0'): recipe(lr)
+
+
+def test_shares_in_arrays():
+    for pcts in np.array([.5, .5]), torch.tensor([.5, .5]), (p for p in (.5, .5)):
+        assert combine_scheds(pcts, [sched_lin(0, 1), sched_lin(2, 3)])(1) == 3
+
+
+def test_schedules_of_another_machine_are_the_same():
+    one = ParamScheduler({'lr': sched_cos(.1, 0), 'betas': lambda p: (.9, .99 + p / 1000)})
+    learn = learner(optim.Adam)
+    other = ParamScheduler({'lr': sched_cos(.1, 0), 'betas': lambda p: (.9, .99 + p / 1000)})
+    states = []
+    class Take(Callback):
+        def after_epoch(self): states.append(one.state_dict())
+    learn.fit(1, cbs=[one, Take()])
+    def nudged(x, by): return [nudged(v, by) for v in x] if isinstance(x, list) else tuple(nudged(list(x), by)) if isinstance(x, tuple) else x * by if isinstance(x, float) else x
+    class Load(Callback):
+        order = 50
+        def before_fit(self):
+            other.load_state_dict(states[0] | dict(samples=nudged(states[0]['samples'], 1 + 2e-16)))
+            with pytest.raises(ValueError, match='other schedules'): other.load_state_dict(states[0] | dict(samples=nudged(states[0]['samples'], 1.001)))
+    learn.fit(1, cbs=[other, Load()])
+
+
+def test_a_result_that_is_never_a_number(capsys):
+    learner(cbs=[Rows([math.nan] * 5), EarlyStopping('made', patience=2)]).fit(5)
+    assert 'made was no number; the fit ends after epoch 1' in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason='there is no accelerator')
+def test_on_an_accelerator(tmp_path):
+    "A sweep as the first thing that a Learner does, and predictions from a checkpoint joined to those of the device"
+    from dlfound.learner import Metric
+    right = Metric(lambda p, t: (p.argmax(-1) == t).float().mean(), 'right', average=False)
+    def made(): return Learner(data(), nn.Linear(4, 3), F.cross_entropy, metrics=right)
+    learn = made()
+    assert lr_find(learn, n=8).losses
+    class Stop(Callback):
+        stops = True
+        def after_pred(self):
+            if self.stops and not self.training and self.iter: raise RuntimeError('stop')
+    with pytest.raises(RuntimeError, match='stop'): learn.fit(1, cbs=[Checkpoint(tmp_path, unit='batch'), Stop()])
+    again, stop = made(), Stop()
+    stop.stops = False
+    resume(again, tmp_path, cbs=stop)
+    assert 'right' in again.row
