@@ -410,7 +410,8 @@ def _reduced(name: str, sha256: str, size: int) -> tuple[Archive]: return (Archi
 SOURCES = {s.name: s for s in (
     Source('mnist', (tuple(Archive(n, tuple(u + n for u in _mnist), h, size=s)
                            for n, (h, s) in zip(_idx_files, _mnist_hashes)),), 'CC BY-SA 3.0',
-           'LeCun, Cortes and Burges: The MNIST database of handwritten digits, 1998', unpack=False, standin=make_digits),
+           'LeCun, Cortes and Burges: The MNIST database of handwritten digits, 1998',
+           unpack=False, standin=make_digits),
     Source('imagenette', (_published(_imagenette, 'imagenette2-160.tgz', 'e793b78cc4c9e9a4ccc0c1155377a412'),
                           _published(_imagenette, 'imagenette2-320.tgz', '3df6f0d01a2c9592104656642f5e78a3'),
                           _published(_imagenette, 'imagenette2.tgz', 'fe2fc210e6bb7c5664d602c3cd71e612'),

@@ -72,7 +72,7 @@ class Callback:
     def __getattr__(self, name: str) -> Any:
         owner = None if name.startswith('_') else vars(self).get('learn') or self._owner and self._owner()
         if owner is not None: return owner if name == 'learn' else getattr(owner, name)
-        raise AttributeError(f'{type(self).__name__} has no {name!r} of its own and is in no Learner that might have one; '
+        raise AttributeError(f'{type(self).__name__} has no {name!r} of its own, and no Learner that might have one; '
                              'pass it to a Learner in cbs=… or to add_cb')
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -130,7 +130,8 @@ class _Callbacks:
     ) -> None:
         "Add a callback; one that is added during a fit joins at the next"
         name = type(cb).__name__
-        if not isinstance(cb, Callback): raise TypeError(f'a callback is an object of a class made from Callback, got {cb!r}')
+        if not isinstance(cb, Callback):
+            raise TypeError(f'a callback is an object of a class made from Callback, got {cb!r}')
         if any(c is cb or _twice(c, cb) for c in self.cbs):
             raise ValueError(f'there is a {name} already, and a second would do its work twice; '
                              f'remove_cb({name}) takes the first away')
@@ -163,7 +164,7 @@ _leaving = {CancelBatch: _events[3:8], CancelEpoch: (*_events[1:12], 'after_canc
             CancelFit: (*_events[:13], 'after_cancel_batch', 'after_cancel_epoch')}
 
 def _sign(e: Exception, f: Any, event: str) -> Exception:
-    "`e`, which says in whose method it was raised, unless it is a message that the loop hears; RuntimeError if none does"
+    "`e`, which says in whose method it was raised, unless it is a message that the loop hears; else RuntimeError"
     for kind, heard in _leaving.items():
         if not isinstance(e, kind): continue
         if event in heard: return e
@@ -191,7 +192,8 @@ class _Events(_Callbacks):
         *names: str, # Of events
     ) -> None:
         "Call these methods of `cb` no more in this fit"
-        for name in names: self._handlers[name] = [f for f in self._handlers[name] if getattr(f, '__self__', f) is not cb]
+        for name in names:
+            self._handlers[name] = [f for f in self._handlers[name] if getattr(f, '__self__', f) is not cb]
 
     def _collect(self) -> None:
         "Look up the callbacks' methods once, and put their `around_…` methods around the steps"
@@ -207,7 +209,8 @@ class _Scope(_Events):
     @contextmanager
     def _at_work(self, cbs: Callback | Iterable[Callback]) -> Iterator[None]:
         "With `cbs` added, in place of those that would do the same work; in the end everything is as it was before"
-        if '_handlers' in vars(self): raise RuntimeError('this Learner is at work; a fit inside a fit needs one of its own')
+        if '_handlers' in vars(self):
+            raise RuntimeError('this Learner is at work; a fit inside a fit needs one of its own')
         before, cbs = list(self.cbs), _listed(cbs)
         try:
             self.cbs = [c for c in before if not any(_twice(c, cb) for cb in cbs)]
@@ -338,7 +341,8 @@ def _batches(dl: Iterable[Any]) -> Iterator[Iterator[Any]]:
     try: yield batches
     finally:
         end = None if batches is dl else getattr(batches, 'close', None)
-        if end is None and not getattr(dl, 'persistent_workers', False): end = getattr(batches, '_shutdown_workers', None)
+        if end is None and not getattr(dl, 'persistent_workers', False):
+            end = getattr(batches, '_shutdown_workers', None)
         if end is not None: end()
 
 class _Ends(_Steps):
@@ -350,7 +354,8 @@ class _Ends(_Steps):
         if reset_opt: self._opt = None
         if self._opt is None: return
         self._set_lr(self.fit_lr)
-        if not self._told: print('The optimizer goes on with its state from before; fit(…, reset_opt=True) starts afresh')
+        if not self._told:
+            print('The optimizer goes on with its state from before; fit(…, reset_opt=True) starts afresh')
         self._told = True
 
     def _interrupted(self) -> None:
@@ -361,7 +366,7 @@ class _Ends(_Steps):
         print(f'Interrupted in epoch {self.epoch}, {part}, batch {self.iter}; the model keeps what it has learned')
 
     def _end(self) -> None:
-        "Call every `after_fit`, even if one of them fails; then the first failure of the fit is raised, or else of those"
+        "Call every `after_fit`, even if one of them fails; then raise the first failure of the fit, or else of those"
         errors = []
         for f in self._handlers['after_fit']:
             try: f()
@@ -445,7 +450,7 @@ class Device(Callback):
     order, single = -100, True
     def __init__(
         self,
-        device: str | torch.device | None = None, # Such as 'cuda:1'; `None`: the accelerator, if there is one, else the CPU
+        device: str | torch.device | None = None, # Such as 'cuda:1'; `None`: the accelerator, or else the CPU
     ):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = torch.empty(0, device=device or found or 'cpu').device
@@ -498,7 +503,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     "Tensors of several batches as one, in tuples, lists and dicts of any depth"
     first = parts[0]
     if isinstance(first, Mapping): return {k: _joined([p[k] for p in parts]) for k in first}
-    if isinstance(first, Tensor): return torch.cat([p.to(parts[-1].device) for p in parts]) # A checkpoint's are on the CPU
+    if isinstance(first, Tensor): return torch.cat([p.to(parts[-1].device) for p in parts]) # From a checkpoint: CPU
     joined = [_joined(p) for p in zip(*parts)]
     return type(first)(*joined) if hasattr(first, '_fields') else type(first)(joined)
 
@@ -527,7 +532,7 @@ class Metric:
             return
         value = self.func(pred, target)
         if isinstance(value, Tensor) and value.ndim:
-            raise ValueError(f'a metric is one number a batch, got a tensor of shape {tuple(value.shape)}; take its mean')
+            raise ValueError(f'a metric is one number a batch, got shape {tuple(value.shape)}; take its mean')
         self._mean.add(value, size)
 
     def value(self) -> float: # NaN if there were no batches
@@ -652,12 +657,13 @@ def _place(loop: Any) -> str: return f'batch {loop.iter} of epoch {loop.epoch}'
 
 def _culprit(loop: Any) -> str:
     "Where a loss that is not finite came from"
-    name = sanity.first_nonfinite(loop.model, *loop.inputs())
+    try: name = sanity.first_nonfinite(loop.model, *loop.inputs())
+    except Exception as e: return f'Which layer was first cannot be told, for model(*inputs) fails: {e}'
     if name: return f'The first that is not finite is {name}'
     return 'The model gives finite numbers, so look at the loss function and the targets'
 
 class TerminateOnNaN(Callback):
-    "Looks at the loss before every step, on any device; ends the fit when it is not finite, and says where that came from"
+    "Looks at the loss before every step, on any device; when it is not finite, ends the fit and says what was first"
     order, single = -60, True
 
     def after_loss(self) -> None:
@@ -705,7 +711,7 @@ class _LossWatch(Callback):
 
 # %% ../nbs/04_learner.ipynb #fc04c06f
 class SanityCheck(_LossWatch):
-    "The checks of lesson 03a: before a fit, on the first batches of training and validation, and on every training loss"
+    "The checks of lesson 03a: before a fit, on first batches of training and validation, and on every training loss"
     order, single = -50, True
     _fresh, _unseen = True, False
 
@@ -720,6 +726,7 @@ class SanityCheck(_LossWatch):
 
     def after_pred(self) -> None:
         if not self.training: return
+        sanity.check_training(self.model)
         sanity.check_inputs(self.inputs()[0], owner=self.model)
         sanity.check_target(self.loss_func, self.pred, self.learn.target(), owner=self.model)
 
@@ -738,11 +745,13 @@ class SanityCheck(_LossWatch):
         self.learn.rest(self, 'after_pred', 'after_backward')
 
     def after_train(self) -> None:
-        if not self.iter: raise ValueError('dls.train gave no batch; an iterator can be used up: pass a loader or a list')
+        if not self.iter:
+            raise ValueError('dls.train gave no batch; an iterator can be used up: pass a loader or a list')
         self._read()
 
     def after_validate(self) -> None:
-        if not self.iter: raise ValueError('the validation set gave no batch; an iterator can be used up: pass a loader')
+        if not self.iter:
+            raise ValueError('the validation set gave no batch; an iterator can be used up: pass a loader')
 
     def state_dict(self) -> dict[str, Any]:
         "Was the first loss looked at?"
@@ -771,7 +780,7 @@ class GradientClip(Callback):
 
 # %% ../nbs/04_learner.ipynb #3d5fe037
 class GradientAccumulation(Callback):
-    "One step for several batches, of the mean gradient over their examples; one cancelled after its backward pass counts too"
+    "One step for several batches, of the mean gradient over their examples; one cancelled after backward counts too"
     order, single = -20, True
     def __init__(
         self,
@@ -881,7 +890,7 @@ class _Show:
 
 # %% ../nbs/04_learner.ipynb #98dae7b9
 class Progress(Callback):
-    "A row for every epoch, and meanwhile how far it is: in place in JupyterLab, a bar in a terminal, elsewhere the rows"
+    "A row for every epoch, and meanwhile how far it is: in place in JupyterLab, a bar in a terminal, else the rows"
     order, single = 50, True
     def __init__(
         self,
@@ -929,7 +938,8 @@ class Progress(Callback):
 def _save_weights(model: nn.Module, path: Path) -> None:
     "Write a whole file or none; TypeError for what is no tensor"
     for k, v in model.state_dict().items():
-        if not isinstance(v, Tensor): raise TypeError(f'save keeps tensors, {k} is {type(v).__name__}; Checkpoint keeps it')
+        if not isinstance(v, Tensor):
+            raise TypeError(f'save keeps tensors, {k} is {type(v).__name__}; Checkpoint keeps it')
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         save_model(model, str(part))
@@ -962,7 +972,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     wrong += [f'{k} and {name} are one tensor in the model and two in the file' for k in saved if k in own
               for name in same[k] if k < name and name in saved]
     if wrong:
-        raise ValueError(f'{path.name} holds the weights of another model: ' + '; '.join(wrong[:4]) + '; …' * (len(wrong) > 4))
+        more = '; …' * (len(wrong) > 4)
+        raise ValueError(f'{path.name} holds the weights of another model: ' + '; '.join(wrong[:4]) + more)
     load_model(model, path)
 
 # %% ../nbs/04_learner.ipynb #a9891617
@@ -994,7 +1005,8 @@ class _Judge(TrainingLoop):
     ) -> dict[str, float]: # The loss and the metrics, by name
         "Go through a validation set, with the events of validation"
         dl = self.dls.valid if dl is None else dl
-        if dl is None: raise ValueError('there is nothing to validate on, dls.valid is None; pass a loader: validate(dl)')
+        if dl is None:
+            raise ValueError('there is nothing to validate on, dls.valid is None; pass a loader: validate(dl)')
         before, self.row = self.row, {}
         try:
             with self._at_work(cbs):
@@ -1011,7 +1023,8 @@ class _Judge(TrainingLoop):
         "What the model says to each example, in evaluation mode; no loss is computed"
         gather = _Gather(targets)
         self.validate(dl, gather)
-        if not gather.preds: raise ValueError('there was no batch to predict for; iterators can be used up: pass a loader')
+        if not gather.preds:
+            raise ValueError('there was no batch to predict for; iterators can be used up: pass a loader')
         return _joined(gather.preds), _joined(gather.targets) if gather.targets else None
 
     def predict(
@@ -1032,7 +1045,7 @@ class Learner(_Judge):
         opt_func: Callable[..., Any] = torch.optim.SGD, # Makes the optimizer: `opt_func(parameters, lr=lr)`
         lr: float = .01, # Learning rate of the fits that name none
         metrics: Metric | Callable[..., Any] | Sequence[Metric | Callable[..., Any]] = (), # For the validation set
-        cbs: Callback | Iterable[Callback] = (), # Besides, or in place of, `Device`, `SanityCheck`, `Recorder`, `Progress`
+        cbs: Callback | Iterable[Callback] = (), # Besides or instead of `Device`, `SanityCheck`, `Recorder`, `Progress`
     ):
         super().__init__(dls, model, loss_func, opt_func, lr, cbs)
         metrics = metrics if isinstance(metrics, Sequence) else [metrics]

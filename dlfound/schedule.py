@@ -32,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .learner import (Callback, CancelEpoch, CancelFit, Device, Metrics, Progress, Recorder, SanityCheck, _batches,
-                             _length, _listed)
+from .learner import (Callback, CancelEpoch, CancelFit, Device, Metrics, Progress, Recorder, SanityCheck,
+                             _batches, _length, _listed)
 from .minibatch import DataLoader
 from .sanity import check_loader, check_lr, check_trainable
 
@@ -58,7 +58,8 @@ def sched_cos(start: float, end: float) -> _Sched:
 
 def sched_exp(start: float, end: float) -> _Sched:
     "From `start` to `end` in equal ratios; ValueError unless both are positive"
-    if not (start > 0 and end > 0): raise ValueError(f'sched_exp goes by ratios and needs positive ends, got {start} and {end}')
+    if not (start > 0 and end > 0):
+        raise ValueError(f'sched_exp goes by ratios and needs positive ends, got {start} and {end}')
     return lambda pos: start**(1 - _at(pos)) * end**pos
 
 # %% ../nbs/04a_schedule.ipynb #0b731a70
@@ -68,10 +69,12 @@ def combine_scheds(
 ) -> _Sched:
     "One schedule after another, each going through all of its positions in its own phase"
     pcts, scheds = [float(pct) for pct in pcts], list(scheds)
-    if len(pcts) != len(scheds) or not pcts: raise ValueError(f'each phase needs a share, got {len(pcts)} for {len(scheds)} schedules')
+    if len(pcts) != len(scheds) or not pcts:
+        raise ValueError(f'each phase needs a share, got {len(pcts)} for {len(scheds)} schedules')
     if not (min(pcts) >= 0 and abs(fsum(pcts) - 1) < 1e-6):
-        raise ValueError(f'the shares of the phases add up to 1 and none is negative, got {list(pcts)}, together {fsum(pcts)}')
-    if not all(map(callable, scheds)): raise TypeError(f'a schedule is a function of position, such as sched_no(.1, .1); got {list(scheds)}')
+        raise ValueError(f'the shares of the phases add up to 1, none is negative; got {pcts}, together {fsum(pcts)}')
+    if not all(map(callable, scheds)):
+        raise TypeError(f'a schedule is a function of position, such as sched_no(.1, .1); got {scheds}')
     starts = [0., *accumulate(pcts[:-1]), 1.]
     def combined(pos: float) -> Any:
         i = bisect_right(starts, _at(pos) + 1e-9, hi=len(scheds)) - 1
@@ -89,14 +92,17 @@ def _set(group: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(group[name], Tensor): group[name].fill_(value)
     else: group[name] = value
 
-def _planned(groups: Sequence[Mapping[str, Any]], name: str, scheds: _Sched | Sequence[_Sched]) -> list[tuple[int, str, _Sched]]:
+def _planned(
+    groups: Sequence[Mapping[str, Any]], name: str, scheds: _Sched | Sequence[_Sched]
+) -> list[tuple[int, str, _Sched]]:
     "Which group gets which schedule; ValueError if they have no such hyper-parameter, or another number of schedules"
     def has(group: Mapping[str, Any], k: str) -> bool: return k in group or k == 'momentum' and 'betas' in group
-    known = [k for k in dict.fromkeys([*groups[0], 'momentum']) if k != 'params' and all(has(group, k) for group in groups)]
+    every = [k for k in dict.fromkeys([*groups[0], 'momentum']) if all(has(group, k) for group in groups)]
+    known = [k for k in every if k != 'params']
     if name not in known: raise ValueError(f'the optimizer has no {name!r}; there are: {", ".join(known)}')
     each = [scheds] * len(groups) if callable(scheds) else list(scheds)
     if len(each) != len(groups):
-        raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} parameter groups; give one each, or only one')
+        raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} groups; give one each, or one')
     return [(i, name, sched) for i, sched in enumerate(each)]
 
 # %% ../nbs/04a_schedule.ipynb #83a1fe59
@@ -111,7 +117,7 @@ class ParamScheduler(Callback):
     order = 5
     def __init__(
         self,
-        scheds: Mapping[str, _Sched | Sequence[_Sched]], # By name, such as 'lr'; a list has one for each parameter group
+        scheds: Mapping[str, _Sched | Sequence[_Sched]], # By name, such as 'lr'; a list: one for each parameter group
         n_batches: int | None = None, # Batches in an epoch; `None`: `len(dls.train)`
     ):
         values = scheds.values() if isinstance(scheds, Mapping) else [None]
@@ -124,10 +130,10 @@ class ParamScheduler(Callback):
     def before_fit(self) -> None:
         self._plan = []
         n, groups = self.n_batches or _length(self.dls.train), self.opt.param_groups
-        if not n: raise ValueError('ParamScheduler must know how many batches an epoch has, and dls.train has no length; '
-                                   'pass n_batches=…')
-        others = {name for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and cb is not self for name in cb.scheds}
-        if twice := others & set(self.scheds): raise ValueError(f'two ParamSchedulers set {min(twice)!r}; leave it to one of them')
+        if not n: raise ValueError('how many batches has an epoch? dls.train has no length; pass n_batches=…')
+        others = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and cb is not self]
+        if twice := [name for cb in others for name in cb.scheds if name in self.scheds]:
+            raise ValueError(f'two ParamSchedulers set {twice[0]!r}; leave it to one of them')
         self._each, self._last = n, n * self.n_epochs - 1
         plan = [entry for name, scheds in self.scheds.items() for entry in _planned(groups, name, scheds)]
         self._plan, self._before = plan, [deepcopy(_get(groups[i], name)) for i, name, _ in plan]
@@ -135,7 +141,7 @@ class ParamScheduler(Callback):
     def before_batch(self) -> None:
         if not self.training: return
         if self.iter >= self._each:
-            raise ValueError(f'the schedule was made for {self._each} batches an epoch, and there are more; pass n_batches=…')
+            raise ValueError(f'the schedule is for {self._each} batches an epoch, and there are more; pass n_batches=…')
         pos = (self.epoch * self._each + self.iter) / max(self._last, 1)
         groups = self.opt.param_groups
         for i, name, sched in self._plan: _set(groups[i], name, sched(pos))
@@ -153,8 +159,8 @@ class ParamScheduler(Callback):
         "Go on, with the same schedules; ValueError if they are others"
         own = self.state_dict()
         if own['last'] != state['last'] or not _alike(own['samples'], state['samples']):
-            raise ValueError('ParamScheduler has other schedules, or another number of batches, than the interrupted fit; '
-                             'pass the same to resume')
+            raise ValueError('ParamScheduler has other schedules, or another number of batches, than the interrupted '
+                             'fit; pass the same to resume')
         self._before = state['before']
 
 # %% ../nbs/04a_schedule.ipynb #c58158fe
@@ -172,7 +178,8 @@ def one_cycle(
     momentum: tuple[float, float, float] | None = None, # Start, top and end, such as (.95, .85, .95); `None`: leave it
 ) -> dict[str, _Sched]: # For `ParamScheduler`
     "Up to `lr` along a cosine, then down to almost nothing; momentum goes the other way (Smith & Topin 2018)"
-    def cycle(a: float, b: float, c: float) -> _Sched: return combine_scheds([pct, 1 - pct], [sched_cos(a, b), sched_cos(b, c)])
+    def cycle(a: float, b: float, c: float) -> _Sched:
+        return combine_scheds([pct, 1 - pct], [sched_cos(a, b), sched_cos(b, c)])
     scheds = dict(lr=cycle(_over(lr, div), lr, _over(lr, div_final)))
     return scheds | (dict(momentum=cycle(*momentum)) if momentum else {})
 
@@ -291,7 +298,7 @@ class EarlyStopping(_Monitor):
 
 # %% ../nbs/04a_schedule.ipynb #76ae9d34
 def _held(x: Any) -> list[Any]:
-    "What an object holds, where generators may be in it: no long list of samples, nothing that a loader keeps to itself"
+    "What an object holds, where generators may be in it: no long lists of samples, no private things of a loader"
     if isinstance(x, (list, tuple)): return list(x) if len(x) <= 64 else []
     if isinstance(x, Mapping): return list(x.values()) if len(x) <= 64 else []
     if isinstance(x, partial): return [x.func, *x.args, *x.keywords.values()]
@@ -326,12 +333,12 @@ def _rng(learn: Any) -> list[Any]: return [_rng_state(source) for source in _sou
 def _set_rng(learn: Any, states: Sequence[Any]) -> None:
     sources = _sources(learn)
     if len(sources) != len(states):
-        raise ValueError(f'there are {len(sources)} random generators, where there were {len(states)}; give the loaders theirs')
+        raise ValueError(f'there are {len(sources)} random generators and were {len(states)}; give the loaders theirs')
     for source, state in zip(sources, states): _set_rng_state(source, state)
 
 # %% ../nbs/04a_schedule.ipynb #38f9d4ee
 def _load_opt(opt: Any, saved: Mapping[str, Any]) -> None:
-    "As `opt.load_state_dict`, which casts what it keeps for a parameter to the type of that; here float32 stays float32"
+    "As `opt.load_state_dict`, which casts what it keeps for a parameter to the type of that; here types stay"
     opt.load_state_dict(saved)
     if not isinstance(opt, torch.optim.Optimizer): return
     params = [p for group in opt.param_groups for p in group['params']]
@@ -412,7 +419,8 @@ class LRSweep(NamedTuple):
         if self.suggestion: ax.axvline(self.suggestion, color='C1', ls='--', label=f'suggestion {self.suggestion:.1e}')
         low, begin = min(self.losses), self.smoothed[0]
         room = abs(begin - low) or 1.
-        ax.set(xscale='log', xlabel='learning rate', ylabel='training loss', ylim=(low - .1 * room, max(begin, low) + .3 * room))
+        ax.set(xscale='log', xlabel='learning rate', ylabel='training loss')
+        ax.set_ylim(low - .1 * room, max(begin, low) + .3 * room)
         if self.suggestion: ax.legend()
         return ax
 
@@ -424,7 +432,7 @@ def lr_find(
     n: int = 100, # Batches, unless the loss diverges earlier
     smooth: float = .8, # Share of the past in the running mean of the losses
 ) -> LRSweep: # With a `suggestion` and `plot()`
-    "Raise the learning rate from batch to batch (Smith 2017); suggests where the smoothed loss has done half of its fall"
+    "Raise the learning rate from batch to batch (Smith 2017); suggests where the smoothed loss has done half its fall"
     if n < 2: raise ValueError(f'a sweep needs at least 2 batches, got {n}')
     if not 0 < start < end: raise ValueError(f'a sweep goes up, from a positive rate, got start={start} and end={end}')
     if not 0 <= smooth < 1: raise ValueError(f'smooth is a share of the past, at least 0 and below 1, got {smooth}')
@@ -439,7 +447,8 @@ def lr_find(
         learn.fit(n, start, sweep)
     if not sweep.ended:
         raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; an iterator can be used up: pass a loader')
-    if len(sweep.losses) < 2: raise ValueError(f'the loss was not finite at a rate of {start}; look at the data and the model')
+    if len(sweep.losses) < 2:
+        raise ValueError(f'the loss was not finite at a rate of {start}; look at the data and the model')
     lrs = list(sweep.lrs[:len(sweep.losses)])
     return LRSweep(lrs, sweep.losses, sweep.smoothed, _halfway(lrs, sweep.smoothed))
 
@@ -449,7 +458,8 @@ def _laid_out(t: Tensor) -> tuple[Tensor, dict[str, Any]]:
     if not t.is_complex() and t.stride() == torch.empty(t.shape, device='meta').stride(): return t, {}
     span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride())) if t.numel() else 0
     flat = t.as_strided((span,), (1,))
-    return torch.view_as_real(flat) if t.is_complex() else flat, dict(size=list(t.shape), stride=list(t.stride()), complex=t.is_complex())
+    layout = dict(size=list(t.shape), stride=list(t.stride()), complex=t.is_complex())
+    return torch.view_as_real(flat) if t.is_complex() else flat, layout
 
 def _as_was(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
     "What `_laid_out` was given"
@@ -458,7 +468,7 @@ def _as_was(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
 
 # %% ../nbs/04a_schedule.ipynb #60ab4837
 class _Packer:
-    "Makes JSON of numbers, strings, tensors, and lists, tuples and dicts of them; `tensors` takes the tensors, each once"
+    "Makes JSON of numbers, strings, tensors, and lists, tuples and dicts of them; `tensors` has each tensor once"
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[Any, Any] = {}
@@ -470,17 +480,20 @@ class _Packer:
         if isinstance(x, float): return float(x) if isfinite(x) else {'$float': repr(float(x))}
         if isinstance(x, np.generic): return self.pack(x.item(), name)
         if isinstance(x, Tensor): return self._tensor(x, name)
-        if isinstance(x, np.ndarray): return {'$array': str(x.dtype), 'tensor': self._tensor(torch.from_numpy(x.copy()), name)}
+        if isinstance(x, np.ndarray):
+            return {'$array': str(x.dtype), 'tensor': self._tensor(torch.from_numpy(x.copy()), name)}
         if isinstance(x, list): return [self.pack(v, f'{name}.{i}') for i, v in enumerate(x)]
         if isinstance(x, tuple): return {'$tuple': self.pack(list(x), name)}
         if not isinstance(x, Mapping):
-            raise TypeError(f'a checkpoint keeps numbers, strings, tensors, and lists, tuples and dicts of them; {name} is '
-                            f'{type(x).__name__}: let state_dict give something else')
-        if all(isinstance(k, str) and not k.startswith('$') for k in x): return {k: self.pack(v, f'{name}.{k}') for k, v in x.items()}
+            raise TypeError(f'a checkpoint keeps numbers, strings, tensors, and lists, tuples and dicts of them; '
+                            f'{name} is {type(x).__name__}: let state_dict give something else')
+        if all(isinstance(k, str) and not k.startswith('$') for k in x):
+            return {k: self.pack(v, f'{name}.{k}') for k, v in x.items()}
         return {'$items': [[self.pack(k, name), self.pack(v, f'{name}.{k}')] for k, v in x.items()]}
 
     def _tensor(self, t: Tensor, name: str) -> Any:
-        if t.layout != torch.strided: raise TypeError(f'a checkpoint keeps dense tensors, {name} is {t.layout}; convert with to_dense()')
+        if t.layout != torch.strided:
+            raise TypeError(f'a checkpoint keeps dense tensors, {name} is {t.layout}; convert with to_dense()')
         t = t.detach().resolve_conj().resolve_neg()
         key = t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
         if t.numel() and key in self._seen: return self._seen[key]
@@ -545,13 +558,14 @@ def _read(path: Path) -> Any:
             if 'dlfound_checkpoint' not in metadata:
                 raise ValueError(f'{path.name} is no checkpoint; for weights there is learn.load')
             if metadata['dlfound_checkpoint'] != str(_FORMAT):
-                raise ValueError(f'{path.name} has format {metadata["dlfound_checkpoint"]}, and this version of dlfound reads '
-                                 f'format {_FORMAT}; install the version that wrote it')
+                raise ValueError(f'{path.name} has format {metadata["dlfound_checkpoint"]}, and this version of '
+                                 f'dlfound reads {_FORMAT}; install the version that wrote it')
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise _Damaged(f'{path.name} is no whole file: {e}') from e
     text = metadata.get('content', '')
     if metadata.get('sha256') != _digest(text, tensors):
-        raise _Damaged(f'{path.name} was damaged or edited: its SHA-256 is not the one that was written; use an earlier checkpoint')
+        raise _Damaged(f'{path.name} was damaged or edited: its SHA-256 is not the one that was written; '
+                       'use an earlier checkpoint')
     return _unpack(json.loads(text), tensors)
 
 # %% ../nbs/04a_schedule.ipynb #652fcc40
@@ -559,7 +573,8 @@ def _settings(cb: Callback) -> dict[str, Any]:
     "The plain arguments that one of the library's callbacks was made with"
     if isinstance(cb, Metrics): return dict(metrics=[m.name for m in cb.metrics])
     if not type(cb).__module__.startswith('dlfound.'): return {}
-    return {k: vars(cb)[k] for k in signature(type(cb)).parameters if isinstance(vars(cb).get(k), (bool, int, float, str))}
+    given = {k: vars(cb).get(k) for k in signature(type(cb)).parameters}
+    return {k: v for k, v in given.items() if isinstance(v, (bool, int, float, str))}
 
 def _labelled(learn: Any) -> dict[str, Callback]:
     "The callbacks of a fit by class and number"
@@ -585,7 +600,8 @@ def _extra(model: nn.Module) -> dict[str, Any]:
 # %% ../nbs/04a_schedule.ipynb #f5d69b79
 def _captured(learn: Any, stage: str, start: Any) -> dict[str, Any]:
     "All that a fit needs to go on: it has done `learn.iter + 1` batches of a pass, or the whole epoch"
-    at = dict(stage=stage, epoch=learn.epoch, batch=learn.iter + 1, n_epochs=learn.n_epochs, lr=learn.fit_lr, row=learn.row)
+    at = dict(stage=stage, epoch=learn.epoch, batch=learn.iter + 1)
+    at |= dict(n_epochs=learn.n_epochs, lr=learn.fit_lr, row=learn.row)
     opt, model, cbs = learn.opt, learn.model, _labelled(learn)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return dict(at=at, shape=_shape(model), model=_weights(model), extra=_extra(model), grads=grads,
@@ -598,8 +614,11 @@ def _captured(learn: Any, stage: str, start: Any) -> dict[str, Any]:
 # %% ../nbs/04a_schedule.ipynb #834e4853
 def _found(folder: Path) -> list[Path]:
     "The checkpoints of a folder, the newest last"
-    named = [(re.fullmatch(r'fit(\d+)_epoch(\d+)_(\w+)\.safetensors', path.name), path) for path in folder.glob('fit*')]
-    return [path for m, path in sorted(((m, path) for m, path in named if m), key=lambda x: (int(x[0][1]), int(x[0][2]), x[0][3]))]
+    places = {}
+    for path in folder.glob('fit*'):
+        m = re.fullmatch(r'fit(\d+)_epoch(\d+)_(\w+)\.safetensors', path.name)
+        if m: places[path] = int(m[1]), int(m[2]), m[3]
+    return sorted(places, key=places.__getitem__)
 
 # %% ../nbs/04a_schedule.ipynb #bf9b1bf9
 def _alive(pid: int) -> bool:
@@ -621,7 +640,8 @@ class _Shelf:
         "Remove what processes left that died while they wrote"
         for part in self.folder.glob('.fit*.part'):
             pid = int(part.name.split('.')[-2])
-            if pid == os.getpid() or not _alive(pid): rmtree(part, ignore_errors=True) # In containers, all are process 1
+            gone = pid == os.getpid() or not _alive(pid) # In containers, every program is process 1
+            if gone: rmtree(part, ignore_errors=True)
 
     def add(self, name: str, value: float) -> Path: # The lowest value is the best
         "Where to write a file, which now belongs to this fit"
@@ -712,13 +732,14 @@ class _Rest:
 
     def __iter__(self) -> Iterator[Any]:
         ours = isinstance(self.dl, DataLoader)
-        if not ours: print(f'{type(self.dl).__name__} cannot begin in the middle: {self.done} batches are made and left out')
+        kind = type(self.dl).__name__
+        if not ours: print(f'{kind} cannot begin in the middle: {self.done} batches are made and left out')
         if not ours and getattr(self.dl, 'persistent_workers', False):
-            print('its workers persist, with a state that no checkpoint sees: order and random samples of the rest may be others')
+            print('its workers persist, with a state that no checkpoint sees: the rest may come in another order')
         skip = 1 if ours else self.done
         with _batches(_From(self.dl, self.done - 1) if ours else self.dl) as batches:
             if len(list(zip(range(skip), batches))) < skip:
-                raise ValueError(f'the loader has fewer than the {self.done} batches that were done; is it the same data?')
+                raise ValueError(f'the loader has fewer than the {self.done} batches that were done; is it the same?')
             self.then()
             yield from batches
 
@@ -733,13 +754,16 @@ def _check(learn: Any, saved: Mapping[str, Any]) -> None:
     if wrong := _differences(_shape(learn.model), saved['shape']):
         raise ValueError('the checkpoint is of another model: ' + '; '.join(wrong[:4]) + '; …' * (len(wrong) > 4))
     if (kind := type(learn.opt).__name__) != saved['opt']['kind']:
-        raise ValueError(f'the optimizer is {kind} and was {saved["opt"]["kind"]}; make the Learner as it was made then')
-    groups, were = ([len(group['params']) for group in state['param_groups']] for state in (learn.opt.state_dict(), saved['opt']['state']))
-    if groups != were: raise ValueError(f'the optimizer has {groups} parameters in its groups and had {were}; group them as they were')
+        raise ValueError(f'the optimizer is {kind} and was {saved["opt"]["kind"]}; make the Learner as it was')
+    states = learn.opt.state_dict(), saved['opt']['state']
+    groups, were = ([len(group['params']) for group in state['param_groups']] for state in states)
+    if groups != were:
+        raise ValueError(f'the optimizer has {groups} parameters in its groups and had {were}; group them as they were')
     if (own := _lengths(learn)) != saved['lengths']:
-        raise ValueError(f'dls.train and dls.valid have {own} batches, and had {saved["lengths"]}; use the same data and batch size')
+        raise ValueError(f'dls.train and dls.valid have {own} batches, and had {saved["lengths"]}; '
+                         'use the same data and batch size')
     if missing := [name for name in saved['needed'] if name not in _labelled(learn)]:
-        raise ValueError(f'the interrupted fit had {", ".join(missing)}; give the same to resume in cbs=…, or to the Learner')
+        raise ValueError(f'the interrupted fit had {", ".join(missing)}; give the same to resume, or to the Learner')
     for name, settings in saved['needed'].items():
         if (own := _settings(_labelled(learn)[name])) != settings:
             raise ValueError(f'{name} has {own} and had {settings}; make it as it was made then')
@@ -763,7 +787,8 @@ class _Resume(_Helper):
         self._load_callbacks()
         learn, saved, at = self.learn, self.saved, self._at
         _put(learn.model, saved['model'])
-        for name, state in saved['extra'].items(): learn.model.get_submodule(name.rpartition('.')[0]).set_extra_state(state)
+        for name, state in saved['extra'].items():
+            learn.model.get_submodule(name.rpartition('.')[0]).set_extra_state(state)
         _load_opt(learn.opt, saved['opt']['state'])
         learn._rates, learn._rates_lr = saved['opt']['rates'], saved['opt']['lr']
         done = at['stage'] == '3done'
@@ -798,11 +823,12 @@ def resume(
     path: str | os.PathLike[str], # A checkpoint, or a folder: its newest whole one
     cbs: Callback | Iterable[Callback] = (), # Those that were given to the interrupted fit
 ) -> None:
-    "Finish an interrupted fit, bit for bit as if nothing had happened; ValueError if the checkpoint is not of this Learner"
+    "Finish an interrupted fit, bit for bit as if nothing had happened; ValueError if the checkpoint is of another one"
     path = Path(path)
     path, saved = _newest(path) if path.is_dir() else (path, _read(path))
     at, told = saved['at'], learn._told
-    after = {'1train': f'{at["batch"]} batches of training', '2valid': f'{at["batch"]} batches of validation', '3done': 'its end'}
+    after = {'1train': f'{at["batch"]} batches of training', '2valid': f'{at["batch"]} batches of validation',
+             '3done': 'its end'}
     print(f'{path.name}: {at["n_epochs"]} epochs, going on in epoch {at["epoch"]} after {after[at["stage"]]}')
     learn._told = True
     try: learn.fit(at['n_epochs'], at['lr'], [*_listed(cbs), _Resume(saved)])

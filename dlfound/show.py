@@ -40,7 +40,8 @@ class Table:
         cells = self.cells()
         room = max((self.width + 1) // max(len(cells[0]), 1) - 1, 2)
         widths = [min(max(map(len, column), default=0), room) for column in zip(*cells, ('train_lo',) * len(cells[0]))]
-        def fit(cell: str, width: int) -> str: return (cell if len(cell) <= width else cell[:width - 1] + '…').rjust(width)
+        def fit(cell: str, width: int) -> str:
+            return (cell if len(cell) <= width else cell[:width - 1] + '…').rjust(width)
         return [' '.join(map(fit, line, widths)) for line in cells]
 
     def __repr__(self) -> str: return '\n'.join([*self.lines(), *[self.status] * bool(self.status)])
@@ -49,7 +50,8 @@ class Table:
         def row(cells, tag): return '<tr>' + ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in cells) + '</tr>'
         header, *rows = self.cells()
         status = f'<p>{escape(self.status)}</p>' if self.status else ''
-        return f'<table><thead>{row(header, "th")}</thead><tbody>{"".join(row(r, "td") for r in rows)}</tbody></table>{status}'
+        body = ''.join(row(r, 'td') for r in rows)
+        return f'<table><thead>{row(header, "th")}</thead><tbody>{body}</tbody></table>{status}'
 
 # %% ../nbs/tools/show.ipynb #4eb57869
 def in_jupyter() -> bool:

@@ -49,6 +49,18 @@ def check_format(tree: Path) -> list[str]:
     return bad
 
 
+def check_width(tree: Path) -> list[str]:
+    "No exported line is wider than 120 columns, unless a hash makes it so"
+    bad = []
+    for path in notebooks(tree):
+        for cell in code_cells(read(path)):
+            if not re.search(r'^#\|\s*export', source(cell), re.M): continue
+            for line in source(cell).splitlines():
+                if len(line) <= 120 or re.search(r'[0-9a-f]{40}', line): continue
+                bad.append(f'{key(path, tree)}, cell {cell.get("id")}: {len(line)} columns, wrap it at 120: {line.strip()[:60]}…')
+    return bad
+
+
 def check_outputs(tree: Path) -> list[str]:
     "Saved outputs are there, whole, and were made by the code that stands above them"
     bad, record = [], manifest(tree)

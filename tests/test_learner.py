@@ -340,6 +340,29 @@ def test_terminate_on_nan_ends_the_fit_and_names_the_layer():
     assert same(model, wanted)
 
 
+def test_a_bad_loss_is_told_though_the_model_takes_other_arguments():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+        def forward(self, *, x): return self.inner(x)
+    class Keywords(Learner):
+        def forward(self): self.pred = self.model(x=self.batch[0])
+    model = Keyword()
+    model.inner[0].weight.data[0, 0] = float('nan')
+    with pytest.raises(FloatingPointError, match='cannot be told, for .*positional'): Keywords(DataLoaders(batches(8, 8)), model, loss_func, lr=.1).fit(1)
+
+
+@pytest.mark.filterwarnings('always')
+def test_a_model_left_in_eval_is_told_once():
+    learn = learner(net(0, nn.Dropout(.1)), cbs=at('before_batch', lambda self: self.model.eval()))
+    with pytest.warns(UserWarning, match='Dropout.* left in eval') as caught: learn.fit(2)
+    assert sum('left in eval' in str(w.message) for w in caught) == 1
+    import warnings
+    with warnings.catch_warnings(record=True, action='always') as caught: learner(net(0, nn.Dropout(.1))).fit(1)
+    assert not [w for w in caught if 'left in eval' in str(w.message)]
+
+
 # Batches of other shapes, predictions
 
 def test_dicts_and_several_inputs():

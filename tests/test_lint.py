@@ -42,6 +42,15 @@ def test_directive_below_code(clean):
     assert 'move it to the top' in check.check_directives(clean)[0]
 
 
+def test_wide_exported_line(clean):
+    wide = 'x = ' + ' + '.join('1' * 40)
+    edit(clean / 'nbs/01_second.ipynb', lambda nb: cell(nb, 2).update(source=['#| export\n', wide]))
+    [bad] = check.check_width(clean)
+    assert 'wrap it at 120' in bad and f'{len(wide)} columns' in bad
+    edit(clean / 'nbs/01_second.ipynb', lambda nb: cell(nb, 2).update(source=[wide]))
+    assert not check.check_width(clean)
+
+
 def test_cell_without_id(clean):
     path = clean / 'nbs/01_second.ipynb'
     nb = read(path)

@@ -724,7 +724,7 @@ def test_a_folder_stays_where_it_was(tmp_path, monkeypatch):
 
 
 def test_more_batches_than_were_said():
-    with pytest.raises(ValueError, match='made for 3 batches an epoch'): learner().fit(2, cbs=ParamScheduler(flat_cos(.1), n_batches=3))
+    with pytest.raises(ValueError, match='for 3 batches an epoch'): learner().fit(2, cbs=ParamScheduler(flat_cos(.1), n_batches=3))
 
 
 def test_a_fit_that_never_began_changes_no_parameter():
