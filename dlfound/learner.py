@@ -399,7 +399,7 @@ class TrainingLoop(_Ends):
         self.event('before_train' if training else 'before_validate')
         with torch.set_grad_enabled(training), _batches(self.dl) as batches:
             for self.batch in batches:
-                self.loss = self.pred = None
+                self.loss = None
                 try: self.one_batch()
                 except CancelBatch:
                     self.event('after_cancel_batch')
