@@ -76,6 +76,8 @@ def check_outputs(tree: Path) -> list[str]:
         if not any(c['outputs'] for c in cells.values()): bad.append(f'{name}: no cell has an output: {again}')
         for i, c in cells.items():
             if re.search(r'^#\|\s*slow', source(c), re.M) and not c['outputs']: bad.append(f'{name}: slow cell {i} has no output: run make full')
+            pictures = any(kind.startswith('image/') for o in c['outputs'] for kind in o.get('data', {}))
+            if re.search(r'^#\|\s*fig-alt', source(c), re.M) and not pictures: bad.append(f'{name}: cell {i} describes a picture and has none: {again}')
             if any(o['output_type'] == 'error' for o in c['outputs']): bad.append(f'{name}: the saved output of cell {i} is an error: {again}')
     return bad + [f'outputs.json names {n}, which is no notebook: run make run for any notebook' for n in record if not (tree / 'nbs' / n).exists()]
 

@@ -11,6 +11,7 @@ skip_flags = ('notest', 'slow', 'cuda')
 def environment(threads: int | None = 1, **extra) -> dict[str, str]:
     "The environment for notebooks and tests: a relative mirror made absolute, `threads` threads a process (`None`: as many as there are)"
     env = dict(os.environ)
+    env.pop('MPLBACKEND', None) # With another than the notebook's own there would be no pictures
     if env.get('DLFOUND_MIRROR'): env['DLFOUND_MIRROR'] = os.path.abspath(os.path.expanduser(env['DLFOUND_MIRROR']))
     else: env.pop('DLFOUND_MIRROR', None)
     if threads:

@@ -96,6 +96,20 @@ def test_error_kept_as_output(clean):
     assert 'is an error' in check.check_outputs(clean)[0]
 
 
+def test_described_picture_that_is_missing(clean):
+    def described(nb):
+        cell(nb, 3)['source'].insert(0, '#| fig-alt: a curve\n')
+        cell(nb, 3)['outputs'] = [dict(output_type='display_data', data={kind: 'x'}, metadata={})]
+    kind = 'text/plain'
+    edit(clean / 'nbs/01_second.ipynb', described)
+    record(clean)
+    [bad] = check.check_outputs(clean)
+    assert 'describes a picture and has none' in bad and 'make run NB=01' in bad
+    kind = 'image/png'
+    edit(clean / 'nbs/01_second.ipynb', lambda nb: cell(nb, 3)['outputs'][0].update(data={kind: 'x'}))
+    assert not check.check_outputs(clean)
+
+
 def test_slow_cell_without_output(clean):
     write(clean / 'nbs/02_third.ipynb', lesson('third', ['#| slow\n2', '1 + 1']))
     record(clean)
