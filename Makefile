@@ -23,11 +23,11 @@ clean: ## strip notebooks of the metadata that Jupyter adds
 check: ## lint the working tree (make test lints what is committed)
 	@$(env) && $(py) scripts/check.py .
 
-run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01"; FLAGS="slow" runs slow cells too)
-	@$(env) && $(py) scripts/run.py --flags "$(FLAGS)" $(NB)
+run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01")
+	@$(env) && $(py) scripts/run.py $(NB)
 
-full: ## run all notebooks, slow cells too, and save their outputs; the whole grid of killed and resumed fits
-	@$(env) && $(py) scripts/run.py --flags slow all
+full: ## run all notebooks, compute their stored results anew and save outputs; the whole grid of killed and resumed fits
+	@$(env) && DLFOUND_FULL=1 $(py) scripts/run.py all
 	@$(env) && DLFOUND_FULL=1 $(py) -m pytest -q -p no:cacheprovider tests/test_resume.py
 
 seeds: ## run a notebook's checks under two other seeds, saving nothing: make seeds NB=00

@@ -26,6 +26,6 @@ setup(
     install_requires=s['requirements'].split(),
     extras_require={k.removesuffix(suffix): v.split() for k, v in s.items() if k.endswith(suffix)},
     packages=find_packages(include=[s['name'], s['name'] + '.*']),
-    package_data={s['name']: ['py.typed']},
+    package_data={s['name']: ['py.typed', 'results/*.json']},
     zip_safe=False,
 )

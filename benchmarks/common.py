@@ -41,7 +41,10 @@ def compare(
     blocks = {name: [] for name in fs}
     for i in range(repeat):
         for name in list(fs)[::-1 if i % 2 else 1]: blocks[name].append(_block(fs[name], calls[name]))
-    def spread(b): return (quantiles(b, n=4, method='inclusive')[2] - quantiles(b, n=4, method='inclusive')[0]) / 2 if len(b) > 1 else float('nan')
+    def spread(b):
+        if len(b) < 2: return float('nan')
+        low, _, high = quantiles(b, n=4, method='inclusive')
+        return (high - low) / 2
     return {name: Timing(median(b), spread(b)) for name, b in blocks.items()}
 
 
@@ -58,7 +61,8 @@ def machine(*packages: str) -> dict:
         try: return version(name)
         except PackageNotFoundError: return None
     gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return dict(cpu=cpu_model(), vector_unit=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), threads=torch.get_num_threads(), **gpu,
+    return dict(cpu=cpu_model(), vector_unit=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), **gpu,
                 system=f'{platform.system()} {platform.machine()}', python=platform.python_version(),
                 versions={name: installed(name) for name in ('torch', 'numpy', *packages)})
 
@@ -79,19 +83,24 @@ def row(
         m = re.fullmatch(r'(<=|>=)\s*([\d.]+)', goal)
         if not m: raise ValueError(f"a goal reads '<= 1.05' or '>= 4', got {goal!r}")
         met = ratio <= float(m[2]) if m[1] == '<=' else ratio >= float(m[2])
-    def figures(t): return dict(median_s=t.median, spread_s=None if isnan(t.spread) else t.spread) if isinstance(t, Timing) else float(t)
+    def figures(t):
+        if not isinstance(t, Timing): return float(t)
+        return dict(median_s=t.median, spread_s=None if isnan(t.spread) else t.spread)
     return dict(what=what, ours=figures(ours), peer=figures(peer), ratio=ratio, goal=goal or None, met=met, **details)
 
 
 def show(rows: list[dict]) -> None:
     "Print what was measured as a small table"
     def text(v):
-        if isinstance(v, dict): return repr(Timing(v['median_s'], float('nan') if v['spread_s'] is None else v['spread_s']))
-        return f'{v:.4g}'
+        if not isinstance(v, dict): return f'{v:.4g}'
+        return repr(Timing(v['median_s'], float('nan') if v['spread_s'] is None else v['spread_s']))
     lines = [('what', 'ours', 'peer', 'ratio', 'goal', '')]
-    for r in rows: lines.append((r['what'], text(r['ours']), text(r['peer']), f'{r["ratio"]:.3g}', r['goal'] or '-', {True: 'met', False: 'MISSED', None: ''}[r['met']]))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines: print('  '.join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip())
+    for r in rows:
+        met = {True: 'met', False: 'MISSED', None: ''}[r['met']]
+        lines.append((r['what'], text(r['ours']), text(r['peer']), f'{r["ratio"]:.3g}', r['goal'] or '-', met))
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
+    for what, *cells in lines:
+        print('  '.join([what.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths))]).rstrip())
 
 
 def save(
@@ -108,5 +117,6 @@ def save(
         if isinstance(v, float): return float(f'{v:.4g}')
         if isinstance(v, dict): return {k: rounded(x) for k, x in v.items()}
         return [rounded(x) for x in v] if isinstance(v, (list, tuple)) else v
-    path.write_text(json.dumps(rounded(dict(machine=machine(*packages), results=rows, **extra)), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    text = json.dumps(rounded(dict(machine=machine(*packages), results=rows, **extra)), indent=1, ensure_ascii=False)
+    path.write_text(text + '\n', encoding='utf-8')
     return path

@@ -1,13 +1,16 @@
-"""Shuffled batches of tensors in memory, x and y, one thread: ours against PyTorch's loader, with fastai's beside them.
+"""Shuffled batches, one thread: ours against PyTorch's loader, with fastai's beside them.
 
-Run it as `python benchmarks/dataloader.py`; it takes about a minute. fastai is measured where it is installed.
+Three kinds of data set: tensors in memory, a part of them as `random_split` gives it, and one that makes its samples
+one at a time; the last with unseeded and with seeded batches. Run it as `python benchmarks/dataloader.py`; it takes
+about two minutes. fastai is measured where it is installed.
 """
 from common import compare, row, save
 
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, random_split
 
-from dlfound.minibatch import DataLoader, Dataset
+from dlfound.loader import DataLoader
+from dlfound.minibatch import Dataset
 
 try: from fastai.data.load import DataLoader as FastaiLoader
 except ImportError: FastaiLoader = None
@@ -36,8 +39,9 @@ class Spelled(Dataset):
 
 def batches(ds: Dataset, batch_size: int) -> list[dict]:
     "Each loader over the data set that comes with it; PyTorch's loader over ours, too"
-    plain, torch_loader = TensorDataset(*ds.tensors), torch.utils.data.DataLoader
-    loaders = dict(ours=DataLoader(ds, batch_size, shuffle=True), torch=torch_loader(plain, batch_size, shuffle=True), mixed=torch_loader(ds, batch_size, shuffle=True))
+    plain, torch_loader = TensorDataset(ds.x, ds.y), torch.utils.data.DataLoader
+    loaders = dict(ours=DataLoader(ds, batch_size, shuffle=True), torch=torch_loader(plain, batch_size, shuffle=True),
+                   mixed=torch_loader(ds, batch_size, shuffle=True))
     if FastaiLoader: loaders['fastai'] = FastaiLoader(plain, bs=batch_size, shuffle=True, num_workers=0)
     counts = {name: through(loader) for name, loader in loaders.items()}
     assert len(set(counts.values())) == 1 and set(next(iter(loaders['ours']))[1].tolist()) <= set(range(10)), counts
@@ -51,10 +55,28 @@ def batches(ds: Dataset, batch_size: int) -> list[dict]:
     return rows + [row(what + 'index_select alone', t['ours'], t['index_select'], invert=True, **rates('index_select'))]
 
 
-def samples(ds: Spelled, batch_size: int) -> dict:
-    "Where samples are made one at a time: the price of a seed for every batch"
-    t = compare(dict(ours=lambda: through(DataLoader(ds, batch_size, shuffle=True)), torch=lambda: through(torch.utils.data.DataLoader(ds, batch_size, shuffle=True))), repeat=7)
-    return row(f"{len(ds)} samples one at a time, batches of {batch_size}, against PyTorch's loader", t['ours'], t['torch'], invert=True)
+def against(what: str, goal: str, makers: dict, batch_size: int) -> list[dict]:
+    "Each of our loaders against PyTorch's, which is the last of `makers`"
+    t = compare({name: lambda make=make: through(make()) for name, make in makers.items()}, repeat=9)
+    *ours, theirs = makers
+    return [row(f"{what}, batches of {batch_size}, {name}, against PyTorch's loader", t[name], t[theirs],
+                goal if name == ours[0] else '', invert=True) for name in ours]
+
+
+def samples(ds: Spelled, batch_size: int) -> list[dict]:
+    "Where samples are made one at a time: what is gained without seeds, and the price of a seed for every batch"
+    makers = {'unseeded': lambda: DataLoader(ds, batch_size, shuffle=True),
+              'seeded': lambda: DataLoader(ds, batch_size, shuffle=True, seeded=True),
+              'torch': lambda: torch.utils.data.DataLoader(ds, batch_size, shuffle=True)}
+    return against(f'{len(ds)} samples one at a time', '>= 1.0', makers, batch_size)
+
+
+def split(ds: Dataset, batch_size: int) -> list[dict]:
+    "A part of our data set, against PyTorch's loader over a part of PyTorch's"
+    ours, theirs = (random_split(d, [.8, .2])[0] for d in (ds, TensorDataset(ds.x, ds.y)))
+    makers = {'ours': lambda: DataLoader(ours, batch_size, shuffle=True),
+              'torch': lambda: torch.utils.data.DataLoader(theirs, batch_size, shuffle=True)}
+    return against(f'{len(ours)} rows through random_split', '>= 3', makers, batch_size)
 
 
 if __name__ == '__main__':
@@ -62,4 +84,7 @@ if __name__ == '__main__':
     x, y = torch.rand(50_000, 784), torch.randint(10, (50_000,))
     if not FastaiLoader: print('fastai is not installed, so it is left out: pip install fastai')
     rows = [r for batch_size in (64, 512) for r in batches(Dataset(x, y), batch_size)]
-    save('dataloader', rows + [samples(Spelled(x[:10_000], y[:10_000]), 64)], packages=('fastai',))
+    rows += [r for batch_size in (64, 512) for r in split(Dataset(x, y), batch_size)]
+    for batch_size, n in (1, 2_000), (8, 5_000), (64, 10_000), (512, 20_000):
+        rows += samples(Spelled(x[:n], y[:n]), batch_size)
+    save('dataloader', rows, packages=('fastai',))

@@ -1,4 +1,4 @@
-"""Matrix product, one thread: torch's `@` against numpy's from 512 to 2048, and the rungs of lesson 00 against `@` at the lesson's size.
+"""Matrix product, one thread: torch's `@` against numpy's from 512 to 2048, and the rungs of lesson 00 against `@`.
 
 Run it as `python benchmarks/matmul.py`; it takes about a minute and needs torch and numpy.
 """
@@ -31,12 +31,17 @@ def squares(sizes: tuple[int, ...]) -> list[dict]:
 def rungs(n: int, k: int, m: int) -> list[dict]:
     "The products of lesson 00 against `@`"
     a, b = torch.rand(n, k), torch.randn(k, m)
-    fs = dict(loops=matmul_loops, lists=matmul_lists, elementwise=matmul_elementwise, broadcast=matmul_broadcast, einsum=matmul_einsum)
+    fs = dict(loops=matmul_loops, lists=matmul_lists, elementwise=matmul_elementwise, broadcast=matmul_broadcast,
+              einsum=matmul_einsum)
     t = compare({name: lambda f=f: f(a, b) for name, f in dict(fs, matmul=matmul).items()}, repeat=7)
-    return [row(f'matmul_{name}, {n}×{k} by {k}×{m}, against @', t[name], t['matmul'], gflops=gflops(n, k, m, t[name].median)) for name in fs]
+    def against(name):
+        rate = gflops(n, k, m, t[name].median)
+        return row(f'matmul_{name}, {n}×{k} by {k}×{m}, against @', t[name], t['matmul'], gflops=rate)
+    return [against(name) for name in fs]
 
 
 if __name__ == '__main__':
     torch.manual_seed(0)
     rows = rungs(5, 784, 10) + squares((512, 1024, 2048))
-    save('matmul', rows, numpy_blas=np.show_config(mode='dicts')['Build Dependencies']['blas']['name'], torch_blas='MKL' if torch.backends.mkl.is_available() else 'other')
+    numpy_blas = np.show_config(mode='dicts')['Build Dependencies']['blas']['name']
+    save('matmul', rows, numpy_blas=numpy_blas, torch_blas='MKL' if torch.backends.mkl.is_available() else 'other')

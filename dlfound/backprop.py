@@ -19,34 +19,40 @@ def normalize(
     mean: Tensor | float, # Of the *training* data, in units of `x`, broadcastable to it
     std: Tensor | float, # Of the training data too, in units of `x`
 ) -> Tensor: # `x` in standard deviations from the mean
-    "`(x - mean) / std`; ValueError where `std` is not positive, as it is for a pixel that never changes"
+    "`(x - mean) / std`; ValueError where `std` is not positive, as for a pixel that never changes"
     if not (torch.as_tensor(std) > 0).all():
-        raise ValueError('normalize needs std > 0, got 0 or less; leave constant features out or give them std 1')
+        raise ValueError('normalize needs std > 0, got 0 or less; '
+                         'leave constant features out or give them std 1')
     return (x - mean) / std
 
 # %% ../nbs/01_backprop.ipynb #74d46bab
 @torch.no_grad()
 def grad_check(
-    f: Callable[..., Any], # Scalar function of `inputs`; it may also read them where they live, as a layer does
+    f: Callable[..., Any], # Scalar function of `inputs`, which it may also read where they live
     inputs: Sequence[Tensor], # float64; moved in place one entry at a time, and put back
     grads: Sequence[Tensor], # The gradients on trial, one for each input
-    eps: float = 1e-5, # Step to either side, near the cube root of float64's precision, for inputs of size 1
+    eps: float = 1e-5, # Step each way, near the cube root of float64's precision, for inputs near 1
     n: int = 100, # Entries tried in each input, drawn at random; all if there are fewer
 ) -> float: # About 1e-8 for a right gradient, between 1e-3 and 1 for a wrong one
-    "Worst relative error of `grads` against central differences of `f`; TypeError or ValueError for unfit inputs"
+    "Worst relative error of `grads` against central differences; TypeError or ValueError if unfit"
     worst = [0.]
     for x, grad in zip(inputs, grads, strict=True):
-        if x.dtype != torch.float64: raise TypeError(f'grad_check needs float64, got {x.dtype}; use x.double()')
+        if x.dtype != torch.float64:
+            raise TypeError(f'grad_check needs float64, got {x.dtype}; use x.double()')
         if grad.shape != x.shape:
-            raise ValueError(f'grad_check needs a gradient of shape {tuple(x.shape)}, got {tuple(grad.shape)}')
+            raise ValueError(f'grad_check needs a gradient of shape {tuple(x.shape)}, '
+                             f'got {tuple(grad.shape)}')
         picks = [tuple(torch.unravel_index(i, x.shape)) for i in torch.randperm(x.numel())[:n]]
-        found = torch.tensor([_central_difference(f, inputs, x, at, eps) for at in picks], dtype=torch.float64)
+        differences = [_central_difference(f, inputs, x, at, eps) for at in picks]
+        found = torch.tensor(differences, dtype=torch.float64)
         given = torch.tensor([float(grad[at]) for at in picks], dtype=torch.float64)
         largest = torch.cat([found.abs(), given.abs(), found.new_tensor([1e-300])]).max()
         worst += ((found - given).abs() / largest).tolist()
     return float(torch.tensor(worst).max())
 
-def _central_difference(f: Callable[..., Any], inputs: Sequence[Tensor], x: Tensor, at: tuple, eps: float) -> float:
+def _central_difference(
+    f: Callable[..., Any], inputs: Sequence[Tensor], x: Tensor, at: tuple, eps: float,
+) -> float:
     kept = x[at].clone()
     try:
         x[at] = kept + eps
@@ -57,9 +63,9 @@ def _central_difference(f: Callable[..., Any], inputs: Sequence[Tensor], x: Tens
 
 # %% ../nbs/01_backprop.ipynb #5b9906af
 class Module:
-    "A step with a hand-written gradient: a subclass writes `forward(*inputs)` and `vjp(grad, *inputs)`"
-    _inputs: tuple[Tensor, ...] | None = None # What the last call was given, until `backward` has used it
-    _out: Tensor | None = None # An empty tensor of the output's shape and dtype, once there was a call
+    "A step with a hand-written gradient: a subclass writes `forward` and `vjp`"
+    _inputs: tuple[Tensor, ...] | None = None # Of the last call, until `backward` uses them
+    _out: Tensor | None = None # Empty, with the shape and dtype of the last output
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         "`forward(*inputs)`, remembering the inputs for one `backward`"
@@ -69,16 +75,20 @@ class Module:
 
     def backward(
         self,
-        grad: Tensor | None = None, # Gradient of the loss for the output; `None`: the output is the loss
+        grad: Tensor | None = None, # Of the loss for the output; `None`: the output is the loss
     ) -> Tensor: # Gradient of the loss for the first input
-        "Send `grad` back through the last call, once; RuntimeError out of order, ValueError for a wrong shape or dtype"
+        "Send `grad` through the last call; RuntimeError out of turn, ValueError if it does not fit"
         name, out = type(self).__name__, self._out
-        if out is None: raise RuntimeError(f'{name}.backward came before forward; call the layer on its input first')
-        if self._inputs is None: raise RuntimeError(f'{name}.backward was called twice; call the layer again first')
+        if out is None:
+            raise RuntimeError(f'{name}.backward came before forward; '
+                               'call the layer on its input first')
+        if self._inputs is None:
+            raise RuntimeError(f'{name}.backward was called twice; call the layer again first')
         if grad is None and not out.ndim: grad = torch.ones_like(out)
         if grad is None or grad.shape != out.shape or grad.dtype != out.dtype:
             got = None if grad is None else f'{grad.dtype} {tuple(grad.shape)}'
-            raise ValueError(f'{name}.backward needs one like its output, {out.dtype} {tuple(out.shape)}, got {got}')
+            raise ValueError(f'{name}.backward needs one like its output, '
+                             f'{out.dtype} {tuple(out.shape)}, got {got}')
         inputs, self._inputs = self._inputs, None
         return self.vjp(grad, *inputs)
 
@@ -88,7 +98,8 @@ class Module:
 
     def vjp(self, grad: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
         "The gradient of the first input; a layer with parameters sets their `grad` too"
-        raise NotImplementedError(f'{type(self).__name__} needs a vjp(grad, *inputs) to go backward')
+        name = type(self).__name__
+        raise NotImplementedError(f'{name} needs a vjp(grad, *inputs) to go backward')
 
     def parameters(self) -> list[Tensor]: # In the order of the forward pass
         "The tensors that training adjusts: none, unless a subclass has some"
@@ -96,14 +107,15 @@ class Module:
 
 # %% ../nbs/01_backprop.ipynb #93790389
 class Linear(Module):
-    "`x @ weight.T + bias` on the last dimension; weights start normal with variance 2/n_in (Kaiming), the bias at 0"
+    "`x @ weight.T + bias`; weights start normal with variance 2/n_in (Kaiming), the bias at 0"
     def __init__(
         self,
         n_in: int, # Size of the input's last dimension
         n_out: int, # Size of the output's
         dtype: torch.dtype | None = None, # Of weights and inputs; `None`: torch's default, float32
     ):
-        if min(n_in, n_out) < 1: raise ValueError(f'Linear needs sizes of at least 1, got {n_in} and {n_out}')
+        if min(n_in, n_out) < 1:
+            raise ValueError(f'Linear needs sizes of at least 1, got {n_in} and {n_out}')
         self.weight = torch.randn(n_out, n_in, dtype=dtype) * (2 / n_in)**.5
         self.bias = torch.zeros(n_out, dtype=dtype)
 
@@ -112,11 +124,12 @@ class Linear(Module):
         n_out, n_in = self.weight.shape
         if x.ndim < 1 or x.shape[-1] != n_in or x.dtype != self.weight.dtype:
             needs = f'{self.weight.dtype} (..., {n_in})'
-            raise ValueError(f'Linear({n_in}, {n_out}) needs {needs}, got {x.dtype} {tuple(x.shape)}; convert it')
+            raise ValueError(f'Linear({n_in}, {n_out}) needs {needs}, '
+                             f'got {x.dtype} {tuple(x.shape)}; convert it')
         return x @ self.weight.T + self.bias
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
-        "The gradient of `x`; `weight.grad` and `bias.grad` become those of this pass, whatever they were"
+        "The gradient of `x`; `weight.grad` and `bias.grad` become those of this pass alone"
         n_out, n_in = self.weight.shape
         rows = grad.reshape(-1, n_out)
         self.weight.grad, self.bias.grad = rows.T @ x.reshape(-1, n_in), rows.sum(0)
@@ -144,7 +157,8 @@ class MSE(Module):
         "A single number, for two tensors of one shape"
         if pred.shape != target.shape:
             shapes = f'{tuple(pred.shape)} and {tuple(target.shape)}'
-            raise ValueError(f'MSE needs equal shapes, got {shapes}, which would broadcast; reshape one of them')
+            raise ValueError(f'MSE needs equal shapes, got {shapes}, which would broadcast; '
+                             'reshape one of them')
         return (pred - target).square().mean()
 
     def vjp(self, grad: Tensor, pred: Tensor, target: Tensor) -> Tensor:
@@ -159,8 +173,10 @@ class Sequential(Module):
         *layers: Module, # Each a different object, since a layer remembers one call
     ):
         wrong = [type(layer).__name__ for layer in layers if not isinstance(layer, Module)]
-        if wrong: raise TypeError(f'Sequential needs layers that are a dlfound Module, got {wrong[0]}')
-        if len(set(layers)) < len(layers): raise ValueError('Sequential got one layer twice; make a second one')
+        if wrong:
+            raise TypeError(f'Sequential needs layers that are a dlfound Module, got {wrong[0]}')
+        if len(set(layers)) < len(layers):
+            raise ValueError('Sequential got one layer twice; make a second one')
         self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +195,7 @@ class Sequential(Module):
 
 # %% ../nbs/01_backprop.ipynb #a856b74d
 def topological_order(
-    root: Any, # Node where a backward pass starts; a node has `edges`, pairs of a parent and anything
+    root: Any, # Where a backward pass starts; a node has `edges`, pairs of a parent and anything
 ) -> list[Any]: # `root` first, and each node after all the nodes made from it
     "Every node that `root` was made from, each once, in an order fit for a backward pass"
     uses, seen, unexplored = Counter(), {root}, [root]
@@ -216,25 +232,27 @@ class Node:
     def __init__(
         self,
         data: Any, # Number, array or tensor of floats; a tensor is not copied
-        edges: Iterable[tuple[Any, Callable[[Tensor], Tensor]]] = (), # Parents, each with its vector–Jacobian product
+        edges: Iterable[tuple[Any, Callable[[Tensor], Tensor]]] = (), # Parents, each with its vjp
     ):
         tensor = torch.as_tensor(data).detach()
-        if tensor.is_complex(): raise TypeError(f'the tape needs real numbers, got {tensor.dtype}; use .real, .imag')
+        if tensor.is_complex():
+            raise TypeError(f'the tape needs real numbers, got {tensor.dtype}; use .real, .imag')
         self.data = tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-        self.edges = [(parent, vjp) for parent, vjp in edges if isinstance(parent, Node)] # Constants get no gradient
-        self.grad: Tensor | None = None # That of the last backward pass; in a leaf, which has no edges, the sum of all
+        self.edges = [(p, vjp) for p, vjp in edges if isinstance(p, Node)] # Constants need none
+        self.grad: Tensor | None = None # Of the last backward pass; in a leaf, the sum over all
 
     def __repr__(self) -> str: return f'{type(self).__name__}({self.data})'
 
     def backward(
         self,
-        grad: Tensor | None = None, # Gradient to start from, of this node's shape; `None`: this node is the loss
+        grad: Tensor | None = None, # To start from, of this node's shape; `None`: it is the loss
     ) -> None:
-        "Find the gradient of every node this one was made from; ValueError if `grad` is missing or misshapen"
+        "Find the gradient of every node this one was made from; ValueError if `grad` does not fit"
         if grad is None and self.data.numel() == 1: grad = torch.ones_like(self.data)
         if grad is None or grad.shape != self.data.shape:
             got, shape = None if grad is None else tuple(grad.shape), tuple(self.data.shape)
-            raise ValueError(f'backward needs a gradient of shape {shape}, got {got}; or start from a .sum()')
+            raise ValueError(f'backward needs a gradient of shape {shape}, got {got}; '
+                             'or start from a .sum()')
         waiting = {self: grad.to(self.data)}
         for node in topological_order(self):
             arrived = waiting.pop(node)
@@ -246,7 +264,8 @@ class Node:
 # %% ../nbs/01_backprop.ipynb #c66d1d6b
 def _raw(x: Any) -> Any:
     "Tensor or number in `x`, which may be a node or an array"
-    return x.data if isinstance(x, Node) else x if isinstance(x, (int, float)) else torch.as_tensor(x)
+    if isinstance(x, Node): return x.data
+    return x if isinstance(x, (int, float)) else torch.as_tensor(x)
 
 def _power(a: Any, b: Any) -> tuple[Tensor, list]:
     "Result and edges of `a ** b`"
@@ -264,14 +283,18 @@ def _matmul(a: Any, b: Any) -> tuple[Tensor, list]:
     def full(g: Tensor) -> Tensor:
         g = g[..., None] if column else g
         return g[..., None, :] if row else g
-    def to_right(g: Tensor) -> Tensor: return (left.mT @ full(g)).squeeze(-1) if column else left.mT @ full(g)
+    def to_right(g: Tensor) -> Tensor:
+        out = left.mT @ full(g)
+        return out.squeeze(-1) if column else out
     return x @ y, [(a, lambda g: full(g) @ right.mT), (b, to_right)]
 
 # %% ../nbs/01_backprop.ipynb #7f54d55b
 class Value(Node):
-    "A tensor whose arithmetic with values, tensors and numbers is recorded: `+ - * / ** @ exp log relu sum mean`"
-    def __add__(self, other): return Value(self.data + _raw(other), [(self, lambda g: g), (other, lambda g: g)])
-    def __sub__(self, other): return Value(self.data - _raw(other), [(self, lambda g: g), (other, lambda g: -g)])
+    "A tensor whose arithmetic is recorded: `+ - * / ** @ exp log relu sum mean`"
+    def __add__(self, other):
+        return Value(self.data + _raw(other), [(self, lambda g: g), (other, lambda g: g)])
+    def __sub__(self, other):
+        return Value(self.data - _raw(other), [(self, lambda g: g), (other, lambda g: -g)])
     def __mul__(self, other):
         a, b = self.data, _raw(other)
         return Value(a * b, [(self, lambda g: g * b), (other, lambda g: g * a)])

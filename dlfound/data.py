@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'data_home', 'Unreachable', 'download', 'extract', 'digit_fonts', 'make_digits', 'Archive', 'Source',
-           'fetch', 'is_standin', 'load_mnist']
+           'fetch', 'is_standin', 'used', 'load_mnist']
 
 # %% ../nbs/tools/data.ipynb #6c6b6b6e
 import bz2
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 # %% ../nbs/tools/data.ipynb #dc3c29d8
 def data_home() -> Path: # The cache folder, absolute; it need not exist
-    "Where data sets are kept: the environment variable `DLFOUND_HOME`, or `.dlfound` in the user's home"
+    "Where data sets are kept: the variable `DLFOUND_HOME`, or `.dlfound` in the user's home"
     return Path(os.environ.get('DLFOUND_HOME') or '~/.dlfound').expanduser().absolute()
 
 # %% ../nbs/tools/data.ipynb #0be839ee
@@ -55,18 +55,21 @@ def _hash(path: Path, name: str) -> str:
 def _differs(path: Path, sha256: str | None, md5: str | None) -> str:
     "Both hashes in a phrase if the file at `path` is not the one expected, else ''"
     for name, wanted in ('sha256', sha256), ('md5', md5):
-        if wanted and (got := _hash(path, name)) != wanted.lower(): return f'its {name} is {got} and should be {wanted}'
+        if wanted and (got := _hash(path, name)) != wanted.lower():
+            return f'its {name} is {got} and should be {wanted}'
     return ''
 
 # %% ../nbs/tools/data.ipynb #a6ed0336
 class Unreachable(ConnectionError):
     "No server answered: no network, a firewall, or a name that does not resolve"
 
-_no_route = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
+_no_route = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN,
+             errno.EADDRNOTAVAIL}
 
 def _reached(e: Exception) -> bool:
     "Did a server answer before `e` happened?"
-    reason = e.reason if isinstance(e, urllib.error.URLError) and not isinstance(e, urllib.error.HTTPError) else e
+    if isinstance(e, urllib.error.HTTPError): return True
+    reason = e.reason if isinstance(e, urllib.error.URLError) else e
     tunnel = 'Tunnel connection failed' in str(reason)
     silent = isinstance(reason, (socket.gaierror, TimeoutError, ConnectionRefusedError))
     return not (tunnel or silent or getattr(reason, 'errno', None) in _no_route)
@@ -76,8 +79,8 @@ def _reached(e: Exception) -> bool:
 def _progress(name: str, total: int | None, start: int) -> Iterator[Callable]:
     "A bar in a terminal or a notebook, a line in a pipe"
     if sys.stdout.isatty() or 'ipykernel' in sys.modules:
-        with tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=name, file=sys.stdout, leave=False,
-                  delay=.5) as bar:
+        with tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=name,
+                  file=sys.stdout, leave=False, delay=.5) as bar:
             yield bar.update
     else:
         print(f'downloading {name}' + (f', {total / 1e6:.1f} MB' if total else ''), flush=True)
@@ -86,34 +89,38 @@ def _progress(name: str, total: int | None, start: int) -> Iterator[Callable]:
 def _stream(url: str, part: Path, resume: bool, timeout: float) -> None:
     "Append what `part` lacks of `url`, or write it anew when the server does not resume"
     have = part.stat().st_size if resume and part.exists() else 0
-    headers = {'User-Agent': 'dlfound', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    headers = {'User-Agent': 'dlfound', 'Accept-Encoding': 'identity'}
+    if have: headers['Range'] = f'bytes={have}-'
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as r:
-        resumed = r.status == 206 and (r.headers.get('Content-Range') or '').startswith(f'bytes {have}-')
+        given = r.headers.get('Content-Range') or ''
+        resumed = r.status == 206 and given.startswith(f'bytes {have}-')
         start, length = have if resumed else 0, r.headers.get('Content-Length')
         total = start + int(length) if length else None
-        got = start
-        with open(part, 'ab' if resumed else 'wb') as f, _progress(Path(urlsplit(url).path).name, total, start) as step:
+        got, name = start, Path(urlsplit(url).path).name
+        with open(part, 'ab' if resumed else 'wb') as f, _progress(name, total, start) as step:
             while chunk := r.read(1 << 16): got += f.write(chunk); step(len(chunk))
     if total is not None and got != total:
         raise ConnectionError(f'the server closed the connection after {got:,} of {total:,} bytes')
 
 # %% ../nbs/tools/data.ipynb #0ed0a609
 def download(
-    urls: str | list[str] | tuple[str, ...], # One address or several of the same file, tried in order
+    urls: str | list[str] | tuple[str, ...], # Of the same file, tried in order
     dest: str | Path, # The file to write; its folder is made
     sha256: str | None = None, # Of the whole file
     md5: str | None = None, # The same, where a publisher states only this
-    timeout: float = 10, # Seconds without an answer, or without a byte, before the next address is tried
+    timeout: float = 10, # Seconds without an answer, or a byte, before the next address is tried
 ) -> Path: # `dest`
     """Download a file, resuming where the server allows it; it gets its name only when it is whole.
 
-    Raises `ValueError` for a wrong hash (the file is deleted), `Unreachable` if no server answered, else `OSError`.
+    Raises `ValueError` for a wrong hash (the file is deleted), `Unreachable` if no server answered,
+    else `OSError`.
     """
     urls, dest = [urls] if isinstance(urls, str) else list(urls), Path(dest)
     bad = [u for u in urls if urlsplit(u).scheme not in ('http', 'https')]
-    if bad or not urls: raise ValueError(f'download needs http or https addresses, got {bad or urls}')
-    checked = bool(sha256 or md5)
+    if bad or not urls:
+        raise ValueError(f'download needs http or https addresses, got {bad or urls}')
+    checked, ours = bool(sha256 or md5), (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
     if checked and dest.is_file() and not _differs(dest, sha256, md5): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     part, failed, reached = dest.with_name(dest.name + '.part'), [], False
@@ -121,7 +128,7 @@ def download(
         for resume in (True, False) if checked and part.exists() else (False,):
             try: _stream(url, part, resume, timeout)
             except (OSError, ValueError) as e:
-                if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT): raise
+                if getattr(e, 'errno', None) in ours: raise
                 failed.append(f'{url}: {e}')
                 reached = reached or _reached(e)
                 if isinstance(e, urllib.error.HTTPError) and e.code == 416: continue
@@ -131,15 +138,16 @@ def download(
                 return dest
             part.unlink()
             if not resume:
-                raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; try again, and '
-                    'if that gives the same, the file has changed at its source')
+                raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; '
+                    'try again, and if that gives the same, the file has changed at its source')
     advice = 'Try again, or put the file into a folder that DLFOUND_MIRROR names'
     sentence = f'cannot download {dest.name}. {"; ".join(failed)}. {advice}'
     raise OSError(sentence) if reached else Unreachable(sentence)
 
 # %% ../nbs/tools/data.ipynb #5971b91a
 def _refuse(why: str) -> ValueError:
-    return ValueError(f'archive refused: {why}. Nothing was extracted; get it again from a source you trust')
+    return ValueError(f'archive refused: {why}. Nothing was extracted; '
+                      'get it again from a source you trust')
 
 def _fold(path: str) -> str:
     "What a file system takes `path` for that ignores case and the spelling of accents"
@@ -162,8 +170,10 @@ class _Names:
             path, is_folder = '/'.join(parts[:i]), folder or i < len(parts)
             key = _fold(path)
             other, both = self.seen.setdefault(key, (path, None))
-            if other != path: raise _refuse(f'the members {other!r} and {path!r} differ only in case')
-            if both is not None and not (both and is_folder): raise _refuse(f'the member {path!r} is there twice')
+            if other != path:
+                raise _refuse(f'the members {other!r} and {path!r} differ only in case')
+            if both is not None and not (both and is_folder):
+                raise _refuse(f'the member {path!r} is there twice')
             self.seen[key] = path, is_folder
         return '/'.join(parts)
 
@@ -173,7 +183,8 @@ class _Meter:
     def __init__(self, stream, packed: int, max_bytes: int, max_ratio: float):
         self.stream, self.n = stream, 0
         self.limit = min(max_bytes, max(int(packed * max_ratio), 1 << 20))
-        self.why = f'it unpacks to more than {max_bytes:,} bytes, or to more than {max_ratio:g} times its size'
+        self.why = (f'it unpacks to more than {max_bytes:,} bytes, '
+                    f'or to more than {max_ratio:g} times its size')
 
     def read(self, n: int) -> bytes:
         "At most `n` bytes, and at most a mebibyte"
@@ -214,7 +225,8 @@ class _Strict(tarfile.TarInfo):
 def _unpack_tar(meter: _Meter, folder: Path, names: _Names) -> None:
     with tarfile.open(fileobj=meter, mode='r|', tarinfo=_Strict) as tar:  # type: ignore
         for m in tar:
-            if not (m.isreg() or m.isdir()): raise _refuse(f'the member {m.name!r} is a link or a device')
+            if not (m.isreg() or m.isdir()):
+                raise _refuse(f'the member {m.name!r} is a link or a device')
             path = folder / names.add(m.name, m.isdir())
             if m.isdir(): path.mkdir(parents=True, exist_ok=True)
             else: _copy(tar.extractfile(m), path, m.size)
@@ -233,9 +245,10 @@ def _merge(new: Path, folder: Path) -> None:
     moves = [p for p in new.rglob('*') if p.is_file()]
     for p in new.rglob('*'):
         old = there.get(_fold(str(p.relative_to(new))))
-        if old and not (p.is_dir() and old.is_dir() and not old.is_symlink() and old.name == p.name):
-            raise FileExistsError(f'{old} is there already; remove it, or extract to another folder. Nothing was '
-                'extracted')
+        if old is None: continue
+        if not (p.is_dir() and old.is_dir() and not old.is_symlink() and old.name == p.name):
+            raise FileExistsError(f'{old} is there already; remove it, or extract to another '
+                                  'folder. Nothing was extracted')
     for p in sorted(new.rglob('*')):
         dest = folder / p.relative_to(new)
         if p.is_dir(): dest.mkdir(exist_ok=True)
@@ -243,16 +256,17 @@ def _merge(new: Path, folder: Path) -> None:
 
 # %% ../nbs/tools/data.ipynb #b05b27c6
 def extract(
-    archive: str | Path, # A `.zip`, a tar in gz, bz2 or xz, or the gz of one file; told apart by content
+    archive: str | Path, # `.zip`, tar in gz, bz2 or xz, or the gz of one file; told by content
     folder: str | Path, # Where the members go; it is made, and may hold other files already
     max_members: int = 500_000, # An archive with more is refused
     max_bytes: int = 50 * 10**9, # An archive that unpacks to more is refused
-    max_ratio: float = 200, # And so is one that unpacks to more than this many times its size (and 1 MiB)
+    max_ratio: float = 200, # And one that unpacks to more than this many times its size (and 1 MiB)
 ) -> Path: # `folder`
     """Unpack an archive, all of it or nothing.
 
-    Raises `ValueError` for an archive that is damaged, too large or encrypted, or has a member that is a link or a
-    device, would leave the folder, or differs from another only in case; `FileExistsError` if it would overwrite.
+    Raises `ValueError` for an archive that is damaged, too large or encrypted, or has a member that
+    is a link or a device, would leave the folder, or differs from another only in case;
+    `FileExistsError` if it would overwrite.
     """
     archive, folder = Path(archive), Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -268,12 +282,14 @@ def extract(
         new.mkdir()
         try:
             if not opener: _unpack_zip(archive, new, names, limits)
-            elif _is_tar(opener, archive):
-                with opener(archive) as stream: _unpack_tar(_Meter(stream, archive.stat().st_size, *limits), new, names)
             else:
-                path = new / names.add(archive.stem, False)
-                with opener(archive) as stream: _copy(_Meter(stream, archive.stat().st_size, *limits), path)
-        except (EOFError, OSError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error) as e:
+                is_tar = _is_tar(opener, archive)
+                with opener(archive) as stream:
+                    meter = _Meter(stream, archive.stat().st_size, *limits)
+                    if is_tar: _unpack_tar(meter, new, names)
+                    else: _copy(meter, new / names.add(archive.stem, False))
+        except (EOFError, OSError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError,
+                zlib.error) as e:
             if isinstance(e, OSError) and e.errno: raise
             raise _refuse(f'{archive.name} is damaged ({e})') from e
         _merge(new, folder)
@@ -287,12 +303,12 @@ def _idx(path: Path, dims: int) -> Tensor:
         raise ValueError(f'{path} is damaged ({e}): remove it and fetch the set again') from e
     head = np.frombuffer(raw[:4 + 4 * dims].ljust(4 + 4 * dims, b'\0'), '>u4').tolist()
     if head[0] != 0x800 + dims:
-        raise ValueError(f'{path} begins with {head[0]:#x} and not {0x800 + dims:#x}: it is no idx file of bytes '
-            f'in {dims} dimensions')
+        raise ValueError(f'{path} begins with {head[0]:#x} and not {0x800 + dims:#x}: '
+                         f'it is no idx file of bytes in {dims} dimensions')
     shape, data = head[1:], len(raw) - 4 - 4 * dims
     if data != math.prod(shape):
-        raise ValueError(f'{path} says it holds {shape}, so {math.prod(shape):,} bytes, and holds {data:,}: '
-            'remove it and fetch the set again')
+        raise ValueError(f'{path} says it holds {shape}, so {math.prod(shape):,} bytes, '
+                         f'and holds {data:,}: remove it and fetch the set again')
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).copy()).view(shape)
 
 _idx_files = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
@@ -301,10 +317,11 @@ _idx_files = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
 def _images_and_labels(folder: Path, part: int) -> tuple[Tensor, Tensor]:
     x, y = _idx(folder / _idx_files[2 * part], 3), _idx(folder / _idx_files[2 * part + 1], 1)
     if len(x) != len(y):
-        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels: remove it and fetch the set again')
+        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels: '
+                         'remove it and fetch the set again')
     if len(y) and int(y.max()) > 9:
-        raise ValueError(f'{folder} has the label {int(y.max())}, and there are ten digits: remove it and fetch '
-            'the set again')
+        raise ValueError(f'{folder} has the label {int(y.max())}, and there are ten digits: '
+                         'remove it and fetch the set again')
     return x.flatten(1).float().div_(255), y.long()
 
 # %% ../nbs/tools/data.ipynb #6d2ba58e
@@ -329,22 +346,26 @@ def digit_fonts() -> list[Path]: # Paths, sorted
     "The fonts among those that matplotlib ships which draw ten distinct digits"
     import matplotlib
     folder = Path(matplotlib.get_data_path(), 'fonts/ttf')
-    return [p for p in sorted(folder.glob('*.ttf')) if len({g.tobytes() for g in _glyphs(p)}) == 10 and _inked(p)]
+    def distinct(font): return len({g.tobytes() for g in _glyphs(font)}) == 10
+    return [p for p in sorted(folder.glob('*.ttf')) if distinct(p) and _inked(p)]
 
 # %% ../nbs/tools/data.ipynb #8e2cb152
 def _draw(glyphs: Tensor, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    "`n` warped digits as bytes `(n, 28, 28)`, classes balanced and shuffled, from glyphs `(fonts, 10, 56, 56)`"
+    "`n` warped digits as bytes `(n, 28, 28)`, classes balanced, from glyphs `(fonts, 10, 56, 56)`"
     rand = lambda *shape: torch.rand(*shape, generator=g) * 2 - 1
     y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
     x = glyphs[torch.randint(len(glyphs), (n,), generator=g), y].unsqueeze(1)
     angle, shear, zoom = .25 * rand(n), .3 * rand(n), 1 + .15 * rand(2, n)
-    affine = torch.stack([torch.stack([angle.cos() * zoom[0], shear - angle.sin(), .12 * rand(n)], 1),
-                          torch.stack([angle.sin(), angle.cos() * zoom[1], .12 * rand(n)], 1)], 1)
-    bend = F.interpolate(.11 * rand(n, 2, 4, 4), (56, 56), mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
-    x = F.grid_sample(x, F.affine_grid(affine, [n, 1, 56, 56], align_corners=False) + bend, align_corners=False)
+    rows = [(angle.cos() * zoom[0], shear - angle.sin(), .12 * rand(n)),
+            (angle.sin(), angle.cos() * zoom[1], .12 * rand(n))]
+    affine = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    bend = F.interpolate(.11 * rand(n, 2, 4, 4), (56, 56), mode='bicubic', align_corners=True)
+    grid = F.affine_grid(affine, [n, 1, 56, 56], align_corners=False) + bend.permute(0, 2, 3, 1)
+    x = F.grid_sample(x, grid, align_corners=False)
     soft = F.avg_pool2d(x, 5, 1, 2)
     x = torch.sigmoid((soft / soft.amax((2, 3), keepdim=True) - (.45 + .2 * rand(n, 1, 1, 1))) * 12)
-    x = F.avg_pool2d(x, 2) * (.8 + .2 * rand(n, 1, 1, 1)) + .08 * torch.randn(n, 1, 28, 28, generator=g)
+    x = F.avg_pool2d(x, 2) * (.8 + .2 * rand(n, 1, 1, 1))
+    x += .08 * torch.randn(n, 1, 28, 28, generator=g)
     return x.clamp(0, 1).mul(255).round().byte().squeeze(1), y.byte()
 
 # %% ../nbs/tools/data.ipynb #8cbef157
@@ -355,7 +376,7 @@ def make_digits(
     n_test: int = 2_000, # In the file of their own that MNIST's test set has
     seed: int = 42, # Of a generator of its own: the same seed gives the same bytes
 ) -> Path: # `folder`
-    "Stand-in digits: glyphs of matplotlib's fonts, warped, shifted, thickened and noised; no font is in two parts"
+    "Stand-in digits: glyphs of matplotlib's fonts, warped and noised; no font is in two parts"
     folder, g, fonts = Path(folder), torch.Generator().manual_seed(seed), digit_fonts()
     order = torch.randperm(len(fonts), generator=g).tolist()
     cuts = 0, len(fonts) - 2 * (len(fonts) // 4), len(fonts) - len(fonts) // 4, len(fonts)
@@ -377,7 +398,7 @@ def make_digits(
 class Archive:
     "One file that a data set comes in"
     name: str # File name, in a mirror and in the cache
-    urls: tuple[str, ...] = () # Where it can be downloaded, tried in order; none for a set that only mirrors hold
+    urls: tuple[str, ...] = () # Of downloads, tried in order; none if only mirrors hold it
     sha256: str | None = None # Of the whole file
     md5: str | None = None # As its publisher states it, where we could not compute a SHA-256
     size: int | None = None # Bytes
@@ -386,12 +407,12 @@ class Archive:
 class Source:
     "A data set: what it comes in, how to know that it is whole, whose work it is"
     name: str # What `fetch` calls it
-    choices: tuple[tuple[Archive, ...], ...] # The archives that make the set; the first choice that can be had is taken
+    choices: tuple[tuple[Archive, ...], ...] # What makes the set; the first to be had is taken
     licence: str # Terms of use
     citation: str # Whom to cite
     folder: str = '' # Folder inside the archive that holds the set; may hold a `*`
     unpack: bool = True # Extract the archives? Otherwise they are kept as they are
-    standin: Callable[[Path], object] | None = None # Writes a set of the same layout into an empty folder
+    standin: Callable[[Path], object] | None = None # Fills an empty folder with the same layout
 
 # %% ../nbs/tools/data.ipynb #d60e27de
 _mnist = 'https://ossci-datasets.s3.amazonaws.com/mnist/', 'http://yann.lecun.com/exdb/mnist/'
@@ -404,29 +425,43 @@ _wiki = 'https://s3.amazonaws.com/research.metamind.io/wikitext/'
 _imdb = 'https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz'
 _merity = 'Merity et al.: Pointer sentinel mixture models, 2016'
 
-def _published(base: str, name: str, md5: str) -> tuple[Archive]: return (Archive(name, (base + name,), md5=md5),)
-def _reduced(name: str, sha256: str, size: int) -> tuple[Archive]: return (Archive(name, (), sha256, size=size),)
+def _published(base: str, name: str, md5: str) -> tuple[Archive]:
+    return (Archive(name, (base + name,), md5=md5),)
+
+def _reduced(name: str, sha256: str, size: int) -> tuple[Archive]:
+    return (Archive(name, (), sha256, size=size),)
 
 SOURCES = {s.name: s for s in (
     Source('mnist', (tuple(Archive(n, tuple(u + n for u in _mnist), h, size=s)
                            for n, (h, s) in zip(_idx_files, _mnist_hashes)),), 'CC BY-SA 3.0',
            'LeCun, Cortes and Burges: The MNIST database of handwritten digits, 1998',
            unpack=False, standin=make_digits),
-    Source('imagenette', (_published(_imagenette, 'imagenette2-160.tgz', 'e793b78cc4c9e9a4ccc0c1155377a412'),
-                          _published(_imagenette, 'imagenette2-320.tgz', '3df6f0d01a2c9592104656642f5e78a3'),
-                          _published(_imagenette, 'imagenette2.tgz', 'fe2fc210e6bb7c5664d602c3cd71e612'),
-                          _reduced('imagenette2-96.tgz', '066949c996743e2044555ed74f00d6196e8b0e6e10a4b5f3d2a6ea67a7abf499', 30998289)),
+    Source('imagenette', (
+               _published(_imagenette, 'imagenette2-160.tgz', 'e793b78cc4c9e9a4ccc0c1155377a412'),
+               _published(_imagenette, 'imagenette2-320.tgz', '3df6f0d01a2c9592104656642f5e78a3'),
+               _published(_imagenette, 'imagenette2.tgz', 'fe2fc210e6bb7c5664d602c3cd71e612'),
+               _reduced('imagenette2-96.tgz',
+                        '066949c996743e2044555ed74f00d6196e8b0e6e10a4b5f3d2a6ea67a7abf499', 30998289)),
            'ImageNet terms: non-commercial research and education',
-           'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019', 'imagenette2*'),
-    Source('imdb', ((Archive('aclImdb_v1.tar.gz', (_imdb,), md5='7c2ac02c03563afcf9b574c7e56c153a'),),
-                    _reduced('imdb-10k.tar.xz', '8f61de6765af4fc2aa80703a4d7b14fe77d453c7f78c426668724641fd65a2cc', 3965564)),
-           'cite when used', 'Maas et al.: Learning word vectors for sentiment analysis, 2011', '*[Ii]mdb*'),
-    Source('wikitext-2', (_published(_wiki, 'wikitext-2-v1.zip', '542ccefacc6c27f945fb54453812b3cd'),
-                          _reduced('wikitext-2.tar.xz', '41753a50369bcbf1faef3ef2e1b124a582ac95ed3624072d8568b0af9b1321db', 3296468)),
+           'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019',
+           'imagenette2*'),
+    Source('imdb', (
+               (Archive('aclImdb_v1.tar.gz', (_imdb,), md5='7c2ac02c03563afcf9b574c7e56c153a'),),
+               _reduced('imdb-10k.tar.xz',
+                        '8f61de6765af4fc2aa80703a4d7b14fe77d453c7f78c426668724641fd65a2cc', 3965564)),
+           'cite when used', 'Maas et al.: Learning word vectors for sentiment analysis, 2011',
+           '*[Ii]mdb*'),
+    Source('wikitext-2', (
+               _published(_wiki, 'wikitext-2-v1.zip', '542ccefacc6c27f945fb54453812b3cd'),
+               _reduced('wikitext-2.tar.xz',
+                        '41753a50369bcbf1faef3ef2e1b124a582ac95ed3624072d8568b0af9b1321db', 3296468)),
            'CC BY-SA 3.0', _merity, 'wikitext-2'),
-    Source('wikitext-103', (_published(_wiki, 'wikitext-103-v1.zip', '9ddaacaf6af0710eda8c456decff7832'),),
+    Source('wikitext-103', (
+               _published(_wiki, 'wikitext-103-v1.zip', '9ddaacaf6af0710eda8c456decff7832'),),
            'CC BY-SA 3.0', _merity, 'wikitext-103'),
-    Source('fsdd', (_reduced('fsdd-180.tar.xz', '923b5796ed27d547b356e41665cd3a05bfa874b98221c0c01a9011db1fbbac90', 822740),),
+    Source('fsdd', (
+               _reduced('fsdd-180.tar.xz',
+                        '923b5796ed27d547b356e41665cd3a05bfa874b98221c0c01a9011db1fbbac90', 822740),),
            'CC BY-SA 4.0', 'Jackson et al.: Free Spoken Digit Dataset, 2018', 'fsdd'),
 )}
 
@@ -437,14 +472,15 @@ def _mirror() -> Path | None:
     "The folder that `DLFOUND_MIRROR` names"
     if not (name := os.environ.get('DLFOUND_MIRROR')): return None
     if not Path(name).expanduser().is_dir():
-        raise NotADirectoryError(f'DLFOUND_MIRROR is {name!r}, which is no folder: name the folder that holds the '
-            'archives, or unset it')
+        raise NotADirectoryError(f'DLFOUND_MIRROR is {name!r}, which is no folder: '
+                                 'name the folder that holds the archives, or unset it')
     return Path(name).expanduser()
 
 def _in_mirror(source: Source, mirror: Path) -> tuple[tuple[Archive, Path], ...] | None:
     "The first choice of archives that the mirror has whole, each with its path"
     for choice in source.choices:
-        found = tuple((a, p) for a in choice for p in (mirror / a.name, mirror / source.name / a.name) if p.is_file())
+        found = tuple((a, p) for a in choice for folder in (mirror, mirror / source.name)
+                      if (p := folder / a.name).is_file())
         if len({a for a, _ in found}) == len(choice): return found
     return None
 
@@ -464,11 +500,11 @@ def _lock(name: str) -> Iterator[Path]:
             finally: shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(e.errno, f'no space left for {name} in {home}: free some, or set DLFOUND_HOME to a '
-                'folder on a larger disk') from e
+            raise OSError(e.errno, f'no space left for {name} in {home}: free some, '
+                          'or set DLFOUND_HOME to a folder on a larger disk') from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionError(e.errno, f'{home} cannot be written ({e}): set DLFOUND_HOME to a folder that is '
-                'yours') from e
+            raise PermissionError(e.errno, f'{home} cannot be written ({e}): '
+                                  'set DLFOUND_HOME to a folder that is yours') from e
         raise
 
 def _inside(folder: Path, source: Source) -> Path | None:
@@ -480,11 +516,14 @@ def _cached(source: Source) -> Path | None:
     "The set in the cache, `None` if it is not there, an error if something else is"
     dest = data_home() / source.name
     path = _inside(dest, source)
-    whole = source.unpack or any(all((dest / a.name).is_file() and a.size in (None, (dest / a.name).stat().st_size)
-                                     for a in choice) for choice in source.choices)
+    def is_whole(a: Archive) -> bool:
+        file = dest / a.name
+        return file.is_file() and a.size in (None, file.stat().st_size)
+    whole = source.unpack or any(all(map(is_whole, choice)) for choice in source.choices)
     if path and whole and any(path.iterdir()): return path
     if dest.exists():
-        raise ValueError(f'{dest} is there and does not hold {source.name}: move it away, then fetch again')
+        raise ValueError(f'{dest} is there and does not hold {source.name}: move it away, '
+                         'then fetch again')
     return None
 
 def _finish(source: Source, archives: list[Path], work: Path, dest: Path) -> Path:
@@ -493,7 +532,8 @@ def _finish(source: Source, archives: list[Path], work: Path, dest: Path) -> Pat
     new.mkdir()
     for a in archives: extract(a, new) if source.unpack else shutil.copyfile(a, new / a.name)
     if _inside(new, source) is None:
-        raise ValueError(f'the archive of {source.name} has no folder {source.folder}: it has changed at its source')
+        raise ValueError(f'the archive of {source.name} has no folder {source.folder}: '
+                         'it has changed at its source')
     dest.parent.mkdir(parents=True, exist_ok=True)
     new.rename(dest)
     return _inside(dest, source) or dest
@@ -514,18 +554,22 @@ def _answers(urls: list[str], seconds: float = 4) -> bool:
         proxy = None if urllib.request.proxy_bypass(u.hostname or '') else proxies.get(u.scheme)
         if proxy: u = urlsplit(proxy if '//' in proxy else '//' + proxy)
         port = u.port or (443 if u.scheme == 'https' else 80)
-        waiting.append(threading.Thread(target=knock, args=(u.hostname, port, u.scheme == 'https'), daemon=True))
+        args = u.hostname, port, u.scheme == 'https'
+        waiting.append(threading.Thread(target=knock, args=args, daemon=True))
     for t in waiting: t.start()
     end = time.monotonic() + seconds
-    while not found.is_set() and time.monotonic() < end and any(t.is_alive() for t in waiting): found.wait(.05)
+    while not found.is_set() and time.monotonic() < end and any(t.is_alive() for t in waiting):
+        found.wait(.05)
     return found.is_set()
 
 def _from_network(source: Source) -> list[Path]:
     "Download the first choice that has addresses; `Unreachable` if nothing answers"
     choice = next((c for c in source.choices if all(a.urls for a in c)), None)
     if choice is None: raise Unreachable(f'{source.name} has no address to download from')
-    if not _answers([u for a in choice for u in a.urls]): raise Unreachable('no server answered within 4 s')
-    return [download(a.urls, data_home() / 'downloads' / a.name, a.sha256, a.md5) for a in choice]
+    if not _answers([u for a in choice for u in a.urls]):
+        raise Unreachable('no server answered within 4 s')
+    folder = data_home() / 'downloads'
+    return [download(a.urls, folder / a.name, a.sha256, a.md5) for a in choice]
 
 def _tried_lately(minutes: float = 10) -> bool:
     "Was the network found unreachable a moment ago, by this process or another?"
@@ -537,20 +581,23 @@ _taken: dict[str, tuple[Path, str]] = {}
 
 def _say(name: str, path: Path, how: str) -> Path:
     "Tell once which data a lesson got"
-    text = {'cache': 'the real data, from the cache', 'mirror': 'the real data, from the mirror',
-            'network': 'the real data, downloaded', 'stand-in': 'a STAND-IN that dlfound made, not the real data'}[how]
-    if _taken.get(name, (None, ''))[0] != path: print(f'{name}: {text}')
+    texts = {'cache': 'the real data, from the cache', 'mirror': 'the real data, from the mirror',
+             'network': 'the real data, downloaded',
+             'stand-in': 'a STAND-IN that dlfound made, not the real data'}
+    if _taken.get(name, (None, ''))[0] != path: print(f'{name}: {texts[how]}')
     _taken[name] = path, how
     return path
 
 def _ways_out(source: Source) -> str:
     names = ' or '.join(' + '.join(a.name for a in c) for c in source.choices)
-    return (f'Three ways out: connect to the network and try again; set DLFOUND_MIRROR to a folder that has {names}; '
+    return ('Three ways out: connect to the network and try again; '
+            f'set DLFOUND_MIRROR to a folder that has {names}; '
             f'or set DLFOUND_HOME to a cache that has {source.name}')
 
 def _stand_in(source: Source) -> Path:
     dest = data_home() / 'standin' / source.name
-    if source.standin is None: raise ConnectionError(f'{source.name} has no stand-in. {_ways_out(source)}')
+    if source.standin is None:
+        raise ConnectionError(f'{source.name} has no stand-in. {_ways_out(source)}')
     with _lock(source.name) as work:
         if not dest.is_dir():
             new = work / 'new'
@@ -565,17 +612,19 @@ def fetch(
     name: str, # A key of `SOURCES`
     standin: bool = True, # Take a stand-in when the network cannot be reached?
 ) -> Path: # The folder that holds the set
-    """The folder of a data set, from the cache, the mirror or the network, in this order; else a stand-in.
+    """The folder of a data set: from the cache, else the mirror, else the network, else a stand-in.
 
-    Says once which it took. Raises `ConnectionError` when nothing can be had, `ValueError` for an unknown name or a
-    wrong hash, `OSError` for a full disk, a folder that cannot be written or a mirror that is no folder.
+    Says once which it took. Raises `ConnectionError` when nothing can be had, `ValueError` for an
+    unknown name or a wrong hash, `OSError` for a full disk, a folder that cannot be written or a
+    mirror that is no folder.
     """
-    if name not in SOURCES: raise ValueError(f'there is no data set {name!r}; there are {", ".join(SOURCES)}')
+    if name not in SOURCES:
+        raise ValueError(f'there is no data set {name!r}; there are {", ".join(SOURCES)}')
     source, dest = SOURCES[name], data_home() / name
     if _flag('DLFOUND_STANDIN'):
         if not standin:
-            raise ConnectionError(f'DLFOUND_STANDIN asks for stand-ins and the caller for the real {name}: unset '
-                'DLFOUND_STANDIN')
+            raise ConnectionError('DLFOUND_STANDIN asks for stand-ins and the caller for '
+                                  f'the real {name}: unset DLFOUND_STANDIN')
         return _say(name, _stand_in(source), 'stand-in')
     mirror = _mirror()
     if path := _cached(source): return _say(name, path, 'cache')
@@ -584,7 +633,8 @@ def fetch(
             if path := _cached(source): return _say(name, path, 'cache')
             for a, p in found:
                 if wrong := _differs(p, a.sha256, a.md5):
-                    raise ValueError(f'{p} is not the {a.name} we know: {wrong}. Replace it in the mirror')
+                    raise ValueError(f'{p} is not the {a.name} we know: {wrong}. '
+                                     'Replace it in the mirror')
             return _say(name, _finish(source, [p for _, p in found], work, dest), 'mirror')
     try:
         if _flag('DLFOUND_OFFLINE'): raise Unreachable('DLFOUND_OFFLINE is set')
@@ -599,11 +649,11 @@ def fetch(
     except Unreachable as e:
         if not _flag('DLFOUND_OFFLINE'): (data_home() / '.unreachable').touch()
         if mirror:
-            raise ConnectionError(f'the mirror that DLFOUND_MIRROR names lacks {name}, and the network cannot be '
-                f'reached ({e}). {_ways_out(source)}') from e
+            raise ConnectionError(f'the mirror that DLFOUND_MIRROR names lacks {name}, and the '
+                                  f'network cannot be reached ({e}). {_ways_out(source)}') from e
         if not standin:
-            raise ConnectionError(f'the real {name} cannot be had: the network cannot be reached ({e}). '
-                f'{_ways_out(source)}') from e
+            raise ConnectionError(f'the real {name} cannot be had: the network cannot be reached '
+                                  f'({e}). {_ways_out(source)}') from e
         return _say(name, _stand_in(source), 'stand-in')
 
 # %% ../nbs/tools/data.ipynb #59cb3357
@@ -611,14 +661,21 @@ def is_standin(name: str) -> bool: # Whether lessons work on a stand-in
     "Whether `fetch(name)` gives a stand-in, which it makes if need be"
     return fetch(name).is_relative_to(data_home() / 'standin')
 
+def used() -> dict[str, bool]: # By name: is it a stand-in?
+    "The sets that this process has taken so far, in the home that is set now"
+    home = data_home()
+    return {name: how == 'stand-in' for name, (path, how) in _taken.items()
+            if path.is_relative_to(home)}
+
 # %% ../nbs/tools/data.ipynb #93adab90
 def load_mnist(
     test: bool = False, # Give the 10,000 test images too? They are for last words, not for choosing
     standin: bool = True, # Take stand-in digits when the real ones cannot be had?
 ) -> tuple[Tensor, ...]: # `x_train, y_train, x_valid, y_valid`, then `x_test, y_test` if asked for
-    """MNIST as float32 images `(N, 784)` in 0…1 and int64 labels `(N,)`: 50,000 to train, 10,000 to validate.
+    """MNIST as float32 images `(N, 784)` in 0…1 and int64 labels `(N,)`, 50,000 and 10,000 of them.
 
-    Stand-in digits come in the same form, 10,000 and 2,000. Raises what `fetch` raises; `ValueError` if damaged.
+    Stand-in digits come in the same form, 10,000 and 2,000. Raises what `fetch` raises, and
+    `ValueError` if damaged.
     """
     folder = fetch('mnist', standin)
     x, y = _images_and_labels(folder, 0)

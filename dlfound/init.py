@@ -16,8 +16,8 @@ _layers = ['linear', *(f'conv{t}{d}d' for t in ('', '_transpose') for d in (1, 2
 _gains = {**dict.fromkeys(_layers, 1.), 'sigmoid': 1., 'tanh': 5 / 3, 'relu': 2**.5, 'selu': 3 / 4}
 
 def gain(
-    nonlinearity: str, # A layer (`linear`, `conv2d`, ...) or `sigmoid`, `tanh`, `relu`, `leaky_relu`, `selu`
-    param: float | None = None, # Negative slope of `leaky_relu`, .01 if `None`; the others take none
+    nonlinearity: str, # `linear`, `conv2d`, …, `sigmoid`, `tanh`, `relu`, `leaky_relu`, `selu`
+    param: float | None = None, # Negative slope of `leaky_relu`, .01 if `None`; others have none
 ) -> float: # Factor for the standard deviation of the weights
     "What makes up for the mean square that `nonlinearity` takes, as `torch.nn.init.calculate_gain`"
     if nonlinearity == 'leaky_relu':
@@ -26,20 +26,22 @@ def gain(
             raise ValueError(f'the slope of leaky_relu must be a number, got {param!r}')
         return math.sqrt(2 / (1 + slope**2))
     if nonlinearity not in list(_gains):
-        raise ValueError(f'no gain is known for {nonlinearity!r}; use leaky_relu or one of {", ".join(_gains)}')
+        known = ', '.join(_gains)
+        raise ValueError(f'no gain is known for {nonlinearity!r}; use leaky_relu or one of {known}')
     return _gains[nonlinearity]
 
 # %% ../nbs/02_init.ipynb #e745e6f4
 def _fans(tensor: Tensor) -> tuple[int, int]:
     if tensor.ndim < 2:
-        raise ValueError(f'fan_in and fan_out need a weight of shape (out, in, ...), got {tuple(tensor.shape)}; '
-                         'fill a bias with zeros_ instead')
+        raise ValueError('fan_in and fan_out need a weight of shape (out, in, ...), '
+                         f'got {tuple(tensor.shape)}; fill a bias with zeros_ instead')
     window = math.prod(tensor.shape[2:])
     return tensor.shape[1] * window, tensor.shape[0] * window
 
 def _kaiming_std(tensor: Tensor, a: float, mode: str, nonlinearity: str) -> float:
     modes = 'fan_in', 'fan_out'
-    if str(mode).lower() not in modes: raise ValueError(f'mode must be fan_in or fan_out, got {mode!r}')
+    if str(mode).lower() not in modes:
+        raise ValueError(f'mode must be fan_in or fan_out, got {mode!r}')
     return gain(nonlinearity, a) / math.sqrt(_fans(tensor)[modes.index(mode.lower())])
 
 def _is_empty(tensor: Tensor) -> bool:
@@ -74,7 +76,8 @@ def kaiming_uniform_(
 
 # %% ../nbs/02_init.ipynb #43617d7a
 def _xavier_std(tensor: Tensor, gain: float) -> float:
-    if not (fans := sum(_fans(tensor))): raise ValueError(f'a weight of shape {tuple(tensor.shape)} connects nothing')
+    if not (fans := sum(_fans(tensor))):
+        raise ValueError(f'a weight of shape {tuple(tensor.shape)} connects nothing')
     return gain * math.sqrt(2 / fans)
 
 def xavier_normal_(
@@ -82,7 +85,7 @@ def xavier_normal_(
     gain: float = 1., # Factor for the standard deviation, see `gain`
     generator: torch.Generator | None = None, # Source of the draws; `None`: the global one
 ) -> Tensor: # The same tensor
-    "Normal weights of standard deviation gain·√(2/(fan_in + fan_out)) (Glorot and Bengio 2010, eq. 12)"
+    "Normal weights, standard deviation gain·√(2/(fan_in + fan_out)) (Glorot, Bengio 2010, eq. 12)"
     std = _xavier_std(tensor, gain)
     with torch.no_grad(): return tensor.normal_(0, std, generator=generator)
 
@@ -91,18 +94,20 @@ def xavier_uniform_(
     gain: float = 1., # Factor for the standard deviation, see `gain`
     generator: torch.Generator | None = None, # Source of the draws; `None`: the global one
 ) -> Tensor: # The same tensor
-    "Uniform weights of standard deviation gain·√(2/(fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)"
+    "Uniform weights, standard deviation gain·√(2/(fan_in + fan_out)) (Glorot, Bengio 2010, eq. 16)"
     bound = math.sqrt(3) * _xavier_std(tensor, gain)
     with torch.no_grad(): return tensor.uniform_(-bound, bound, generator=generator)
 
 # %% ../nbs/02_init.ipynb #e2f51360
 def orthogonal_(
-    tensor: Tensor, # Weight `(out, in, ...)`, changed in place; dimensions after the first are flattened
+    tensor: Tensor, # Weight `(out, ...)`, changed in place; what follows `out` is flattened
     gain: float = 1., # Every singular value of the result
     generator: torch.Generator | None = None, # Source of the draws; `None`: the global one
 ) -> Tensor: # The same tensor
-    "Weights with orthonormal rows, or columns if there are fewer of them, times `gain` (Saxe et al. 2013)"
-    if tensor.ndim < 2: raise ValueError(f'orthogonal_ needs 2 or more dimensions, got shape {tuple(tensor.shape)}')
+    "Weights with orthonormal rows, or columns if these are fewer, times `gain` (Saxe et al. 2013)"
+    if tensor.ndim < 2:
+        shape = tuple(tensor.shape)
+        raise ValueError(f'orthogonal_ needs 2 or more dimensions, got shape {shape}')
     if tensor.numel() == 0 or tensor.is_meta: return tensor
     flat = tensor.new_empty(len(tensor), tensor.numel() // len(tensor)).normal_(generator=generator)
     wide = flat.shape[0] < flat.shape[1]

@@ -20,7 +20,8 @@ def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:
     "The sizes n, k, m of the product of `(n, k)` and `(k, m)`"
     for t in a, b:
         if not isinstance(t, Tensor):
-            raise TypeError(f'a product needs two tensors, got a {type(t).__name__}; convert it with torch.tensor')
+            raise TypeError(f'a product needs two tensors, got a {type(t).__name__}; '
+                            'convert it with torch.tensor')
     shapes = f'{tuple(a.shape)} and {tuple(b.shape)}'
     if a.ndim != 2 or b.ndim != 2:
         raise ValueError(f'a product needs two matrices, got shapes {shapes}; '
@@ -29,7 +30,8 @@ def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:
         raise ValueError('a product needs as many columns on the left as rows on the right, '
                          f'got shapes {shapes}; exchange or transpose them')
     if a.dtype != b.dtype:
-        raise TypeError(f'a product needs one dtype, got {a.dtype} and {b.dtype}; convert one with .to')
+        raise TypeError(f'a product needs one dtype, got {a.dtype} and {b.dtype}; '
+                        'convert one with .to')
     return a.shape[0], a.shape[1], b.shape[1]
 
 # %% ../nbs/00_matmul.ipynb #3d9a5421
@@ -56,7 +58,7 @@ def _block(f: Callable[[], object], calls: int) -> float:
 class Timing(NamedTuple):
     "How long a call takes, measured in several blocks of calls"
     median: float # Seconds a call, median over the blocks
-    spread: float # Half the interquartile range: about half of the blocks lie this near; nan for one block
+    spread: float # Half the interquartile range: half the blocks lie about this near; nan for one
 
     def __repr__(self) -> str:
         units = ('s', 1), ('ms', 1e-3), ('µs', 1e-6), ('ns', 1e-9)
@@ -72,14 +74,16 @@ def bench(
     min_time: float = .01, # Seconds a block takes at least, far above what the clock itself costs
     max_time: float = 2, # Seconds after which no new block begins, warm-up included
 ) -> Timing: # Median and spread, in seconds a call
-    "Time calls of `f`, after a first call that warms up and counts only if it takes all of `max_time`"
-    if repeat < 1: raise ValueError(f'bench needs at least one block to measure, got repeat={repeat}')
+    "Time calls of `f`; a first one warms up, and counts only if it takes all of `max_time`"
+    if repeat < 1:
+        raise ValueError(f'bench needs at least one block to measure, got repeat={repeat}')
     begin, calls, took = perf_counter(), 1, _block(f, 1)
     if took >= max_time: return Timing(took, nan)
     while (took := _block(f, calls)) * calls < min_time:
         calls = max(2 * calls, int(1.2 * min_time / max(took, 1e-9)))
     blocks = [took]
-    while len(blocks) < repeat and perf_counter() - begin < max_time: blocks.append(_block(f, calls))
+    while len(blocks) < repeat and perf_counter() - begin < max_time:
+        blocks.append(_block(f, calls))
     if len(blocks) == 1: return Timing(took, nan)
     low, _, high = quantiles(blocks, n=4, method='inclusive')
     return Timing(median(blocks), (high - low) / 2)

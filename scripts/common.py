@@ -1,15 +1,17 @@
-"What the scripts share: where things are, the environment of child processes, notebooks and the record of their outputs."
+"What the scripts share: where things are, the environment of child processes, notebooks, the record of their outputs."
+import ast
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-skip_flags = ('notest', 'slow', 'cuda')
+uncut = 'backprop', 'data', 'schedule' # Modules still longer than the lints allow, and their lessons
 
 
 def environment(threads: int | None = 1, **extra) -> dict[str, str]:
-    "The environment for notebooks and tests: a relative mirror made absolute, `threads` threads a process (`None`: as many as there are)"
+    "The environment for notebooks and tests: the mirror absolute, `threads` threads a process (`None`: all there are)"
     env = dict(os.environ)
     env.pop('MPLBACKEND', None) # With another than the notebook's own there would be no pictures
     if env.get('DLFOUND_MIRROR'): env['DLFOUND_MIRROR'] = os.path.abspath(os.path.expanduser(env['DLFOUND_MIRROR']))
@@ -22,8 +24,9 @@ def environment(threads: int | None = 1, **extra) -> dict[str, str]:
 def notebooks(tree: Path = root) -> list[Path]:
     "All notebooks of `tree`, lessons first"
     nbs = tree / 'nbs'
-    found = [p for p in nbs.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(nbs).parts)]
-    return sorted(found, key=lambda p: (len(p.relative_to(nbs).parts), p))
+    found = {p: p.relative_to(nbs).parts for p in nbs.rglob('*.ipynb')}
+    shown = [p for p, parts in found.items() if not any(part.startswith(('.', '_')) for part in parts)]
+    return sorted(shown, key=lambda p: (len(found[p]), p))
 
 
 def key(path: Path, tree: Path = root) -> str:
@@ -45,6 +48,19 @@ def source(cell: dict) -> str:
 
 def code_cells(nb: dict) -> list[dict]:
     return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip()]
+
+
+def parsed(cell: dict) -> ast.Module:
+    "The syntax tree of a code cell without its magics; an empty one if the rest is no Python"
+    try: return ast.parse(re.sub(r'^[ \t]*[%!].*', '', source(cell), flags=re.M))
+    except SyntaxError: return ast.Module([], [])
+
+
+def module_of(nb: dict) -> str | None:
+    "The module that a notebook exports to"
+    for c in code_cells(nb):
+        if m := re.search(r'^#\|\s*default_exp:?\s+(\w+)', source(c), re.M): return m[1]
+    return None
 
 
 def hashes(nb: dict) -> dict[str, str]:

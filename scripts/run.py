@@ -1,6 +1,7 @@
 """Run notebooks from top to bottom and save their outputs, cleaned; or run them under other seeds and save nothing.
 
-A notebook that fails, or that ran on stand-in data, is left as it was.
+A notebook that fails, or that ran on stand-in data, is left as it was. With DLFOUND_FULL=1 stored results are computed
+anew, except under other seeds.
 """
 import argparse
 import ast
@@ -19,12 +20,12 @@ from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
 from nbdev.test import nb_test_cells
 
-from common import environment, hashes, key, manifest, notebooks, read, root, save_manifest, skip_flags
+from common import environment, hashes, key, manifest, notebooks, read, root, save_manifest
 
 stood_in = '''
 import sys
 _data = sys.modules.get('dlfound.data')
-if _data: print(*(name for name, (path, how) in _data._taken.items() if how == 'stand-in' and path.is_relative_to(_data.data_home())))
+if _data: print(*(name for name, standin in _data.used().items() if standin))
 '''
 seeders = {'manual_seed', 'seed', 'default_rng', 'RandomState', 'Random'}
 
@@ -53,7 +54,8 @@ def reseed(code: str, offset: int) -> tuple[str, int]:
     change = Reseed(offset)
     tree = change.visit(ast.parse(TransformerManager().transform_cell(code)))
     if not change.n: return code, 0
-    return '\n'.join([*directives, ast.unparse(ast.fix_missing_locations(tree)) + (';' if code.rstrip().endswith(';') else '')]), change.n
+    end = ';' if code.rstrip().endswith(';') else ''
+    return '\n'.join([*directives, ast.unparse(ast.fix_missing_locations(tree)) + end]), change.n
 
 
 def find(wanted: list[str]) -> list[Path]:
@@ -65,25 +67,26 @@ def find(wanted: list[str]) -> list[Path]:
     for w in wanted:
         stem = w.removesuffix('.ipynb').removeprefix('nbs/')
         hits = [p for p in every if stem in (key(p).removesuffix('.ipynb'), p.stem, p.stem.split('_')[0])]
-        if not hits: sys.exit(f'no notebook is called {w!r}; there are: ' + ', '.join(key(p).removesuffix('.ipynb') for p in every))
+        there = ', '.join(key(p).removesuffix('.ipynb') for p in every)
+        if not hits: sys.exit(f'no notebook is called {w!r}; there are: {there}')
         found += hits
     return found
 
 
-def execute(path: Path, flags: list[str], offset: int = 0) -> tuple[dict, list[str], float, int]:
+def execute(path: Path, offset: int = 0) -> tuple[dict, list[str], float, int]:
     "The executed notebook, the ids of the cells that ran, the seconds it took, the number of seeds shifted"
-    ran = [c.id for c in nb_test_cells(path, list(skip_flags), flags) if c.cell_type == 'code']
+    ran = [c.id for c in nb_test_cells(path, ['notest']) if c.cell_type == 'code']
     nb = nbformat.read(path, as_version=4)
     seeds = 0
     for c in nb.cells:
         if c.cell_type != 'code': continue
         if c.id not in ran: c.metadata['tags'] = ['skip-execution']
-        elif offset and not re.search(r'^#\|\s*export', c.source, re.M):  # a seed in the library is no choice of the lesson
+        elif offset and not re.search(r'^#\|\s*export', c.source, re.M): # A seed in the library is not the lesson's
             c.source, n = reseed(c.source, offset)
             seeds += n
     client = NotebookClient(nb, timeout=7200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
     start = time.time()
-    with client.setup_kernel(env=environment()):
+    with client.setup_kernel(env=environment(DLFOUND_FULL='0') if offset else environment()):
         for i, c in enumerate(nb.cells): client.execute_cell(c, i)
         seconds = time.time() - start
         probe = nbformat.v4.new_code_cell(stood_in)
@@ -98,16 +101,16 @@ def execute(path: Path, flags: list[str], offset: int = 0) -> tuple[dict, list[s
 class StandIn(Exception): pass
 
 
-def save(path: Path, nb: dict, ran: list[str], seconds: float, flags: list[str]) -> None:
-    "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a run without flags"
+def save(path: Path, nb: dict, ran: list[str], seconds: float) -> None:
+    "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a plain run"
     clean_nb(nb)
     write_nb(dict2nb(nb), path)
-    record, now, old = manifest(), hashes(read(path)), manifest().get(key(path), {})
-    before = old.get('cells', {})
-    if flags: seconds = old.get('seconds', seconds)
-    record[key(path)] = dict(seconds=round(seconds), cells={i: h if i in ran else before.get(i, h if not has_outputs(path, i) else '') for i, h in now.items()})
-    record = {k: v for k, v in record.items() if (root / 'nbs' / k).exists()}
-    save_manifest(record)
+    record = {k: v for k, v in manifest().items() if (root / 'nbs' / k).exists()}
+    old = record.get(key(path), {})
+    if is_set('DLFOUND_FULL'): seconds = old.get('seconds', seconds)
+    kept = {c['id'] for c in nb['cells'] if c.get('outputs') and c['id'] not in ran} # Outputs of an earlier run
+    cells = {i: old.get('cells', {}).get(i, '') if i in kept else h for i, h in hashes(read(path)).items()}
+    save_manifest(record | {key(path): dict(seconds=round(seconds), cells=cells)})
     for c in nb['cells']:
         label = re.search(r'^#\|\s*label:\s*(fig-[\w-]+)', c['source'], re.M)
         for o in c.get('outputs', []) if label else ():
@@ -116,33 +119,35 @@ def save(path: Path, nb: dict, ran: list[str], seconds: float, flags: list[str])
                 (root / f'nbs/images/{label[1]}.png').write_bytes(base64.b64decode(png))
 
 
-def has_outputs(path: Path, cell_id: str) -> bool:
-    return any(c.get('outputs') for c in read(path)['cells'] if c.get('id') == cell_id)
+def is_set(name: str) -> bool:
+    return os.environ.get(name, '0') not in ('', '0')
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--flags', default='', help='flags whose cells run too: "slow cuda"')
     p.add_argument('--seeds', type=int, default=0, help='run under this many other seeds, save nothing')
     p.add_argument('notebooks', nargs='*')
     a = p.parse_args()
-    if os.environ.get('DLFOUND_STANDIN', '0') not in ('', '0') and not a.seeds:
-        sys.exit('DLFOUND_STANDIN is set, and saved outputs come from real data only: unset it (make seeds and make test work with it)')
+    if is_set('DLFOUND_STANDIN') and not a.seeds:
+        sys.exit('DLFOUND_STANDIN is set, and saved outputs come from real data only: unset it '
+                 '(make seeds and make test work with it)')
     failed = 0
     for path in find(a.notebooks):
         for offset in [1000 * (i + 1) for i in range(a.seeds)] or [0]:
             what = f'{key(path)}' + (f', seeds + {offset}' if offset else '')
-            try: nb, ran, seconds, seeds = execute(path, a.flags.split(), offset)
+            try: nb, ran, seconds, seeds = execute(path, offset)
             except CellExecutionError as e:
                 failed += 1
                 print(f'FAILED  {what}; nothing saved\n{e}', file=sys.stderr)
             except StandIn as e:
                 failed += 1
-                print(f'REFUSED {what}: it ran on the stand-in for {", ".join(e.args[0])}; saved outputs come from real data only: '
-                      'set DLFOUND_MIRROR to a folder that has the archives, or connect to the network. Nothing saved', file=sys.stderr)
+                print(f'REFUSED {what}: it ran on the stand-in for {", ".join(e.args[0])}; '
+                      'saved outputs come from real data only: set DLFOUND_MIRROR to a folder that has the archives, '
+                      'or connect to the network. Nothing saved', file=sys.stderr)
             else:
-                if not offset: save(path, nb, ran, seconds, a.flags.split())
-                print(f'{"passed" if offset else "saved"}  {what}: {seconds:.0f} s' + (f', {seeds} seeds shifted' if offset else ''))
+                if not offset: save(path, nb, ran, seconds)
+                shifted = f', {seeds} seeds shifted' if offset else ''
+                print(f'{"passed" if offset else "saved"}  {what}: {seconds:.0f} s{shifted}')
     return min(failed, 1)
 
 

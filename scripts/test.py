@@ -1,4 +1,4 @@
-"""Run everything that must hold, two jobs at a time, and count: notebooks, pytest, types, and the checks of committed files.
+"""Run all that must hold, two jobs at a time, and count: notebooks, pytest, types, and the checks of committed files.
 
 Committed files are checked in a copy of HEAD, so that what a learner changed and has not committed disturbs nothing.
 """
@@ -19,7 +19,8 @@ bin = Path(sys.executable).parent
 
 
 def run(command: list, env: dict) -> tuple[int, str]:
-    done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors='replace')
+    done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          stdin=subprocess.DEVNULL, text=True, errors='replace')
     return done.returncode, done.stdout
 
 
@@ -31,11 +32,13 @@ def notebook(path: Path, env: dict):
 
 def pytest(env: dict, tmp: Path):
     report = tmp / 'pytest.xml'
-    code, out = run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', f'--basetemp={tmp / "pytest"}'], env)
+    options = ['-q', '-p', 'no:cacheprovider', f'--junitxml={report}', f'--basetemp={tmp / "pytest"}']
+    code, out = run([sys.executable, '-m', 'pytest', *options], env)
     if not report.exists(): return [(False, 'pytest', out)]
-    cases = [(not (c.findall('failure') + c.findall('error')), f'{c.get("classname")}::{c.get("name")}', None if c.findall('skipped') else '')
-             for c in ElementTree.parse(report).iter('testcase')]
-    if code not in (0, 1) or not cases or (code == 1 and all(ok for ok, *_ in cases)): cases.append((False, f'pytest ended with {code}', ''))
+    cases = [(not (c.findall('failure') + c.findall('error')), f'{c.get("classname")}::{c.get("name")}',
+              None if c.findall('skipped') else '') for c in ElementTree.parse(report).iter('testcase')]
+    if code not in (0, 1) or not cases or (code == 1 and all(ok for ok, *_ in cases)):
+        cases.append((False, f'pytest ended with {code}', ''))
     return cases + [(None, 'pytest', out)]
 
 
@@ -49,10 +52,13 @@ def committed(tmp: Path) -> Path:
     "A copy of HEAD; of the files here where there is no git"
     tree = tmp / 'head'
     tree.mkdir()
-    if shutil.which('git') and subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=root, capture_output=True).returncode == 0:
+    head = ['git', 'rev-parse', '--verify', '-q', 'HEAD']
+    if shutil.which('git') and subprocess.run(head, cwd=root, capture_output=True).returncode == 0:
         archive = subprocess.run(['git', 'archive', 'HEAD'], cwd=root, capture_output=True, check=True).stdout
         subprocess.run(['tar', '-x', '-C', tree], input=archive, check=True)
-    else: shutil.copytree(root, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns('.venv', '.git', '__pycache__', '.ipynb_checkpoints'))
+    else:
+        ignore = shutil.ignore_patterns('.venv', '.git', '__pycache__', '.ipynb_checkpoints')
+        shutil.copytree(root, tree, dirs_exist_ok=True, ignore=ignore)
     return tree
 
 
@@ -87,7 +93,8 @@ def main() -> int:
                     passed, failed, skipped = passed + (ok and not skip), failed + (not ok), skipped + skip
                     if not ok: print(f'FAILED  {name}\n{text or ""}'.rstrip())
                     elif len(results) == 1: print(f'passed  {name}' + (f' ({seconds:.0f} s)' if seconds > 1 else ''))
-                if len(results) > 1: print(f'pytest: {sum(bool(ok) and text is not None for ok, _, text in results)} tests passed ({seconds:.0f} s)')
+                good = sum(bool(ok) and text is not None for ok, _, text in results)
+                if len(results) > 1: print(f'pytest: {good} tests passed ({seconds:.0f} s)')
                 sys.stdout.flush()
     print(f'{passed} passed, {failed} failed' + (f', {skipped} skipped' if skipped else ''))
     return min(failed, 1)

@@ -14,12 +14,14 @@ def tree(tmp_path):
     import json
     import shutil
     from small import lesson, write
-    for name in 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE': shutil.copy(root / name, tmp_path / name)
+    for name in 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE':
+        shutil.copy(root / name, tmp_path / name)
     shutil.copytree(root / 'scripts', tmp_path / 'scripts', ignore=shutil.ignore_patterns('__pycache__'))
     (tmp_path / 'dlfound').mkdir()
     (tmp_path / 'dlfound/__init__.py').write_text('__version__ = "0.0.1"\n')
     write(tmp_path / 'nbs/tools/kit.ipynb', lesson('kit', ['#| export\ndef one(): return 1', 'one()']))
-    write(tmp_path / 'nbs/00_first.ipynb', lesson('first', ['#| export\nfrom dlfound.kit import one\ndef two(): return one() + 1', 'two()']))
+    two = '#| export\nfrom dlfound.kit import one\ndef two(): return one() + 1'
+    write(tmp_path / 'nbs/00_first.ipynb', lesson('first', [two, 'two()']))
     write(tmp_path / 'nbs/01_second.ipynb', lesson('second', ['from dlfound.first import two', 'two() + 1']))
     (tmp_path / 'README.md').write_text('# small\n')
     (tmp_path / 'nbs/outputs.json').write_text(json.dumps({}))

@@ -3,7 +3,6 @@
 Run as a script it reads cases as lines of JSON and answers each with a line; tests/test_resume.py asks.
 """
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -22,9 +21,12 @@ from torch import nn, optim
 from torch.utils.data import IterableDataset, TensorDataset
 
 from dlfound import schedule
-from dlfound.learner import Callback, DataLoaders, GradientAccumulation, GradientClip, Learner, Progress, Recorder
-from dlfound.minibatch import DataLoader, Dataset, accuracy
-from dlfound.schedule import Checkpoint, EarlyStopping, ParamScheduler, flat_cos, one_cycle, resume, sched_cos, sched_lin
+from dlfound.learner import Callback, DataLoaders, GradientAccumulation, GradientClip, Learner, Recorder
+from dlfound.loader import DataLoader
+from dlfound.minibatch import Dataset, accuracy
+from dlfound.schedule import (Checkpoint, EarlyStopping, ParamScheduler, flat_cos, one_cycle, resume, sched_cos,
+                              sched_lin)
+from dlfound.state import module_state, random_state
 
 bs, epochs = 8, 3
 x, y = torch.randn(52, 6, generator=torch.Generator().manual_seed(1)), torch.arange(52) % 3
@@ -32,19 +34,12 @@ xv, yv = torch.randn(25, 6, generator=torch.Generator().manual_seed(2)), torch.a
 n_train, n_valid = 7, 4
 
 
-class Silent(Progress):
-    "No table"
-    def __init__(self): super().__init__()
-    def before_fit(self): pass
-    def _nothing(self): pass
-    before_train = before_validate = after_train = after_validate = after_cancel_epoch = after_batch = after_epoch = after_fit = _nothing
-
-
 class Noisy(torch.utils.data.Dataset):
     "Samples changed by all three generators"
     def __init__(self, x, y): self.x, self.y = x, y
     def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i] + .1 * torch.randn(6) + random.random() + float(np.random.rand()), self.y[i]
+    def __getitem__(self, i):
+        return self.x[i] + .1 * torch.randn(6) + random.random() + float(np.random.rand()), self.y[i]
 
 
 class Stream(IterableDataset):
@@ -53,11 +48,14 @@ class Stream(IterableDataset):
 
 
 class Lazy:
-    "A sampler that draws as it goes, from a generator of its own"
-    def __init__(self, n): self.n, self.generator, self.rng = n, torch.Generator().manual_seed(5), np.random.default_rng(6)
+    "A sampler that draws as it goes, from generators of its own"
+    def __init__(self, n):
+        self.n, self.generator, self.rng = n, torch.Generator().manual_seed(5), np.random.default_rng(6)
     def __len__(self): return self.n
     def __iter__(self):
-        for _ in range(self.n): yield (int(torch.randint(self.n, (1,), generator=self.generator)) + int(self.rng.integers(self.n))) % self.n
+        for _ in range(self.n):
+            i = int(torch.randint(self.n, (1,), generator=self.generator))
+            yield (i + int(self.rng.integers(self.n))) % self.n
 
 
 class Net(nn.Module):
@@ -65,87 +63,102 @@ class Net(nn.Module):
     def __init__(self, conv=False):
         super().__init__()
         self.conv = nn.Conv2d(6, 6, (2, 1)) if conv else None
-        self.l1, self.bn, self.drop, self.l2, self.l3 = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(.3), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.l1, self.bn, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(.3)
+        self.l2, self.l3 = nn.Linear(6, 6), nn.Linear(6, 3)
         self.l2.weight = self.l1.weight
         self.register_buffer('seen', torch.zeros(()), persistent=False)
         if conv: self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         if self.training: self.seen = self.seen + x.mean()
-        if self.conv is not None: x = self.conv(x[:, :, None, None].expand(-1, -1, 2, 3).contiguous(memory_format=torch.channels_last)).amax((2, 3))
+        if self.conv is not None:
+            image = x[:, :, None, None].expand(-1, -1, 2, 3).contiguous(memory_format=torch.channels_last)
+            x = self.conv(image).amax((2, 3))
         return self.l3(self.l2(self.drop(self.bn(self.l1(x)).relu())).relu()) + self.seen
 
 
 def loaders(kind):
     g = torch.Generator().manual_seed(3)
     if kind == 'tensors': return DataLoaders.from_datasets(Dataset(x, y), Dataset(xv, yv), bs, generator=g)
-    if kind == 'global': return DataLoaders.from_datasets(Noisy(x, y), Noisy(xv, yv), bs)
-    if kind == 'workers': return DataLoaders.from_datasets(Noisy(x, y), Noisy(xv, yv), bs, generator=g, num_workers=2)
+    noisy = Noisy(x, y), Noisy(xv, yv)
+    if kind == 'global': return DataLoaders.from_datasets(*noisy, bs)
+    if kind == 'seeded': return DataLoaders.from_datasets(*noisy, bs, generator=g, seeded=True)
+    if kind == 'workers': return DataLoaders.from_datasets(*noisy, bs, generator=g, num_workers=2)
     if kind == 'stream': return DataLoaders(DataLoader(Stream(x, y), bs), DataLoader(Stream(xv, yv), 2 * bs))
-    if kind == 'lazy': return DataLoaders(DataLoader(Noisy(x, y), bs, sampler=Lazy(len(x))), DataLoader(Dataset(xv, yv), bs))
+    lazy = DataLoader(noisy[0], bs, sampler=Lazy(len(x)))
+    if kind == 'lazy': return DataLoaders(lazy, DataLoader(Dataset(xv, yv), bs))
     if kind == 'list': return DataLoaders(list(zip(x.split(bs), y.split(bs))), list(zip(xv.split(bs), yv.split(bs))))
     T = torch.utils.data.DataLoader
-    if kind == 'foreign': return DataLoaders(T(Noisy(x, y), bs, shuffle=True), T(TensorDataset(xv, yv), bs))
+    if kind == 'foreign': return DataLoaders(T(noisy[0], bs, shuffle=True), T(TensorDataset(xv, yv), bs))
     if kind == 'replacing':
-        sampler = torch.utils.data.RandomSampler(Noisy(x, y), replacement=True, generator=g)
-        return DataLoaders(T(Noisy(x, y), bs, sampler=sampler), T(Noisy(xv, yv), bs))
+        sampler = torch.utils.data.RandomSampler(noisy[0], replacement=True, generator=g)
+        return DataLoaders(T(noisy[0], bs, sampler=sampler), T(noisy[1], bs))
     raise ValueError(kind)
 
 
 cycle = one_cycle(.1, momentum=(.95, .85, .95))
+betas = {'lr': sched_cos(.02, 0), 'betas': lambda p: (.9, .99 + .009 * p)}
 sgd = lambda p, lr: optim.SGD(p, lr, momentum=.9, weight_decay=.01)
 fits = dict(  # loader, optimizer, convolution?, callbacks
     tensors=('tensors', sgd, False, lambda: [ParamScheduler(cycle)]),
-    adam=('global', optim.Adam, False, lambda: [ParamScheduler(one_cycle(.02, momentum=(.95, .85, .95))), GradientAccumulation(3), GradientClip(.5)]),
+    adam=('global', optim.Adam, False, lambda: [
+        ParamScheduler(one_cycle(.02, momentum=(.95, .85, .95))), GradientAccumulation(3), GradientClip(.5)]),
+    seeded=('seeded', optim.Adam, False, lambda: [ParamScheduler(flat_cos(.02)), EarlyStopping(patience=2)]),
     workers=('workers', sgd, False, lambda: [ParamScheduler(cycle), GradientAccumulation(2)]),
-    stream=('stream', optim.AdamW, False, lambda: [ParamScheduler(flat_cos(.02), n_batches=n_train), GradientClip(1.)]),
+    stream=('stream', optim.AdamW, False, lambda: [
+        ParamScheduler(flat_cos(.02), n_batches=n_train), GradientClip(1.)]),
     lazy=('lazy', sgd, False, lambda: [EarlyStopping(patience=1)]),
-    list=('list', optim.AdamW, True, lambda: [ParamScheduler({'lr': sched_cos(.02, 0), 'betas': lambda p: (.9, .99 + .009 * p)})]),
-    foreign=('foreign', sgd, True, lambda: [ParamScheduler({'lr': sched_lin(.1, .01)}), GradientAccumulation(2), EarlyStopping('accuracy', 'max', patience=2)]),
+    list=('list', optim.AdamW, True, lambda: [ParamScheduler(betas)]),
+    foreign=('foreign', sgd, True, lambda: [
+        ParamScheduler({'lr': sched_lin(.1, .01)}), GradientAccumulation(2),
+        EarlyStopping('accuracy', 'max', patience=2)]),
     replacing=('replacing', optim.Adam, False, lambda: [GradientClip(.5), EarlyStopping()]),
 )
-
 
 
 class Killer(Callback):
     "Ends the process, or the fit, at a given place"
     order = 1e9
     def __init__(self, place, how): self.place, self.how = tuple(place), how
-    def _strike(self, event):
-        if (event, self.epoch, self.iter) != self.place: return
+    def strike(self, learn, event):
+        if (event, learn.epoch, learn.iter) != self.place: return
         if self.how == 'exception': raise RuntimeError('out of power')
         signum = dict(kill=signal.SIGKILL, term=signal.SIGTERM, ctrlc=signal.SIGINT)[self.how]
         os.kill(os.getpid(), signum)
         time.sleep(1)
-    def after_backward(self): self._strike('train')
-    def after_pred(self):
-        if not self.training: self._strike('valid')
-    def after_train(self): self._strike('after_train')
-    def after_validate(self): self._strike('after_validate')
+    def after_backward(self, learn): self.strike(learn, 'train')
+    def after_pred(self, learn):
+        if not learn.training: self.strike(learn, 'valid')
+    def after_train(self, learn): self.strike(learn, 'after_train')
+    def after_validate(self, learn): self.strike(learn, 'after_validate')
 
 
 def made(name):
-    "A Learner, its callbacks for the fit, and the number of epochs"
+    "A Learner and its callbacks for the fit"
     kind, opt, conv, cbs = fits[name]
     random.seed(7), np.random.seed(8), torch.manual_seed(9)
-    learn = Learner(loaders(kind), Net(conv), F.cross_entropy, opt, lr=.01, metrics=accuracy, cbs=[Silent()])
+    learn = Learner(loaders(kind), Net(conv), F.cross_entropy, opt, lr=.01, metrics=accuracy, progress=False)
     random.random(), np.random.normal(), torch.rand(3)  # where a run is has no fixed place
     return learn, cbs()
 
 
 def everything(learn):
     "All that a fit leaves behind"
-    rec = learn[Recorder]
-    return dict(weights=schedule._weights(learn.model), strides=[p.stride() for p in learn.model.parameters()], opt=learn.opt.state_dict(),
-                losses=rec.losses, lrs=rec.lrs, rows=rec.rows, rng=schedule._rng(learn), row=learn.row, epoch=learn.epoch,
-                tied=learn.model.l1.weight is learn.model.l2.weight)
+    rec, model = learn[Recorder], learn.model
+    return dict(weights=module_state(model), strides=[p.stride() for p in model.parameters()],
+                opt=learn.opt.state_dict(), losses=rec.losses, lrs=rec.lrs, rows=rec.rows,
+                rng=random_state(learn.dls.train, learn.dls.valid), row=learn.row, epoch=learn.epoch,
+                tied=model.l1.weight is model.l2.weight)
 
 
-def digest(state):
-    "One line for a state: equal lines, equal bits"
+def bits(x):
+    "A line for a state: equal lines, equal bits"
     packer = schedule._Packer()
-    text = json.dumps(packer.pack(state, ''))
-    return dict(all=schedule._digest(text, packer.tensors), **{k: hashlib.sha256(schedule._digest(json.dumps((p := schedule._Packer()).pack(v, '')), p.tensors).encode()).hexdigest()[:8] for k, v in state.items()})
+    text = json.dumps(packer.pack(x, ''))
+    return schedule._digest(text, packer.tensors)
+
+
+def digest(state): return dict(all=bits(state), **{k: bits(v) for k, v in state.items()})
 
 
 def whole(name):
@@ -201,8 +214,9 @@ def forked(f, *args, stop=None):
     if stop is not None:
         time.sleep(stop)
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1] # what it says fits into the pipe
-    with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # loader workers that it left, which would hold the pipe open
+    status = os.waitpid(pid, 0)[1]  # what it says fits into the pipe
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # loader workers that it left, which would hold the pipe open
     with os.fdopen(r, 'rb') as pipe: answer = pipe.read()
     return json.loads(answer) if answer else dict(died=os.WTERMSIG(status) if os.WIFSIGNALED(status) else status)
 
@@ -217,18 +231,21 @@ def reference(name):
 def case(name, how, place=None, every=1, unit='batch', times=1):
     "Kill, resume (and kill again), and compare; a dict that says what happened"
     wanted = reference(name)
+    if 'error' in wanted: return dict(ok=False, wanted=wanted)
     with tempfile.TemporaryDirectory() as folder:
+        args = name, folder, every, unit
         if how in ('half', 'before', 'after'):
             def dying(*args):
                 break_writing(how, place)
                 return start(*args)
-            died = forked(dying, name, folder, every, unit, [])
-        elif how == 'random': died = forked(start, name, folder, every, unit, [], stop=place)
-        else: died = forked(start, name, folder, every, unit, [Killer(place, how)])
+            died = forked(dying, *args, [])
+        elif how == 'random': died = forked(start, *args, [], stop=place)
+        else: died = forked(start, *args, [Killer(place, how)])
         files = len(os.listdir(folder))
-        for _ in range(times - 1): forked(go_on, name, folder, every, unit, stop=place / 2 if how == 'random' else .05)
-        if not schedule._found(Path(folder)): return dict(ok=how in ('random', 'half', 'before'), died=died, files=files, early=True)
-        got = forked(go_on, name, folder, every, unit)
+        for _ in range(times - 1): forked(go_on, *args, stop=place / 2 if how == 'random' else .05)
+        if not schedule._found(Path(folder)):
+            return dict(ok=how in ('random', 'half', 'before'), died=died, files=files, early=True)
+        got = forked(go_on, *args)
         left = sorted(p.name for p in Path(folder).iterdir())
     ok = got == wanted
     tidy = len(left) <= 4 and not any(n.startswith('.') for n in left)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 payload = bytes(range(256)) * 2000
+silence = 10 # Seconds for which `silent` and `stalls` say nothing
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     def loop(self): self.send(b'', 302, Location='/loop.bin')
     def evil(self): self.send(b'', 302, Location='file:///etc/hostname')
 
-    def silent(self): time.sleep(3)
+    def silent(self): time.sleep(silence)
 
     def stalls(self):
         self.send_response(200)
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload[:1000])
         self.wfile.flush()
-        time.sleep(3)
+        time.sleep(silence)
 
     def trickle(self):
         "Slow, and able to resume"

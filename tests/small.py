@@ -10,9 +10,10 @@ from fastcore.nbio import dict2nb, write_nb
 
 def lesson(module: str, cells: list[str], outputs: bool = True) -> dict:
     "A notebook that exports to `module`; its last cell has an output"
-    code = [f'#| default_exp {module}', *cells]
-    made = [dict(cell_type='code', id=f'{module}{i:02d}', metadata={}, execution_count=None, outputs=[], source=c.splitlines(keepends=True)) for i, c in enumerate(code)]
-    if outputs: made[-1]['outputs'] = [dict(output_type='execute_result', data={'text/plain': ['1']}, metadata={}, execution_count=None)]
+    blank = dict(metadata={}, execution_count=None)
+    made = [dict(cell_type='code', id=f'{module}{i:02d}', outputs=[], source=c.splitlines(keepends=True), **blank)
+            for i, c in enumerate([f'#| default_exp {module}', *cells])]
+    if outputs: made[-1]['outputs'] = [dict(output_type='execute_result', data={'text/plain': ['1']}, **blank)]
     head = dict(cell_type='markdown', id=f'{module}md', metadata={}, source=[f'# {module}\n', '\n', '> small'])
     kernel = dict(display_name='python3', language='python', name='python3')
     return dict(cells=[head, *made], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
@@ -32,7 +33,8 @@ def edit(path: Path, f) -> None:
 def run(*command, cwd: Path, **env) -> subprocess.CompletedProcess:
     "Run a command without the data modes of the surrounding run"
     clean = {k: v for k, v in os.environ.items() if not k.startswith('DLFOUND_')} | {k: v for k, v in env.items()}
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [str(c) for c in command]
+    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def script(tree: Path, name: str, *args, **env) -> subprocess.CompletedProcess:

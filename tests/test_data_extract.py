@@ -1,4 +1,4 @@
-"Hostile and damaged archives, each kind its own test: refused with a reason, the target as it was, nothing written outside."
+"Hostile and damaged archives, each kind a test: refused with a reason, the target as it was, nothing written outside."
 import bz2
 import gzip
 import io
@@ -60,7 +60,9 @@ def place(tmp_path):
     return tmp_path
 
 
-def snapshot(folder): return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in folder.rglob('*')}
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+            for p in folder.rglob('*')}
 
 
 def refused(place, archive, words, **limits):
@@ -71,7 +73,8 @@ def refused(place, archive, words, **limits):
 
 @pytest.mark.parametrize('pack', packers)
 def test_tar(place, pack):
-    extract(make_tar(place / 'a', ('d/x', b'1'), special('e', tarfile.DIRTYPE), ('./d/y', b'2'), pack=pack), place / 'in/target')
+    archive = make_tar(place / 'a', ('d/x', b'1'), special('e', tarfile.DIRTYPE), ('./d/y', b'2'), pack=pack)
+    extract(archive, place / 'in/target')
     assert snapshot(place / 'in/target') == {'mine.txt': b'mine', 'd': None, 'e': None, 'd/x': b'1', 'd/y': b'2'}
 
 
@@ -89,11 +92,13 @@ outside = ['../x', 'a/C:/x', 'a/../../x', '/x', '//x', 'C:/x', 'c:x', '..\\x', '
 
 
 @pytest.mark.parametrize('name', outside)
-def test_tar_names_that_leave(place, name): refused(place, make_tar(place / 'a', ('ok', b'1'), (name, b'2')), 'leave the folder')
+def test_tar_names_that_leave(place, name):
+    refused(place, make_tar(place / 'a', ('ok', b'1'), (name, b'2')), 'leave the folder')
 
 
 @pytest.mark.parametrize('name', outside)
-def test_zip_names_that_leave(place, name): refused(place, make_zip(place / 'a', ('ok', '1'), (name, '2')), 'leave the folder')
+def test_zip_names_that_leave(place, name):
+    refused(place, make_zip(place / 'a', ('ok', '1'), (name, '2')), 'leave the folder')
 
 
 @pytest.mark.parametrize('name', ['..', '../x'])
@@ -103,11 +108,13 @@ def test_gz_name_that_leaves(place, name):
     refused(place, place / '...gz', 'leave the folder')
 
 
-kinds = dict(symlink=tarfile.SYMTYPE, hardlink=tarfile.LNKTYPE, fifo=tarfile.FIFOTYPE, block=tarfile.BLKTYPE, char=tarfile.CHRTYPE)
+kinds = dict(symlink=tarfile.SYMTYPE, hardlink=tarfile.LNKTYPE, fifo=tarfile.FIFOTYPE, block=tarfile.BLKTYPE,
+             char=tarfile.CHRTYPE)
 
 
 @pytest.mark.parametrize('kind', kinds)
-def test_tar_links_and_devices(place, kind): refused(place, make_tar(place / 'a', ('ok', b'1'), special('x', kinds[kind], 'ok')), 'link or a device')
+def test_tar_links_and_devices(place, kind):
+    refused(place, make_tar(place / 'a', ('ok', b'1'), special('x', kinds[kind], 'ok')), 'link or a device')
 
 
 def test_write_through_a_link(place):
@@ -124,11 +131,13 @@ def test_names_that_differ_only_in_case(place, names):
 
 
 @pytest.mark.parametrize('names', [('x', 'x'), ('x', './x'), ('x', 'x/y'), ('x/y', 'x')])
-def test_names_that_collide(place, names): refused(place, make_tar(place / 'a', *((n, b'') for n in names)), 'there twice')
+def test_names_that_collide(place, names):
+    refused(place, make_tar(place / 'a', *((n, b'') for n in names)), 'there twice')
 
 
 @pytest.mark.parametrize('name', ['mine.txt', 'MINE.TXT', 'mine.txt/x'])
-def test_a_file_that_is_there(place, name): refused(place, make_tar(place / 'a', ('new', b''), (name, b'')), 'is there already')
+def test_a_file_that_is_there(place, name):
+    refused(place, make_tar(place / 'a', ('new', b''), (name, b'')), 'is there already')
 
 
 def test_a_link_in_the_target_is_not_followed(place):

@@ -16,7 +16,7 @@ kaiming = {kaiming_normal_: nn.init.kaiming_normal_, kaiming_uniform_: nn.init.k
 xavier = {xavier_normal_: nn.init.xavier_normal_, xavier_uniform_: nn.init.xavier_uniform_}
 peers = kaiming | xavier | {orthogonal_: nn.init.orthogonal_}
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-shapes = st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple)  # linear weights, and convolutions in 1, 2 and 3 dimensions
+shapes = st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple) # Linear weights, convolutions in up to 3
 floats = st.sampled_from([torch.float32, torch.float64])
 slopes = st.floats(-3, 3, allow_nan=False) | st.integers(-3, 3)
 modes = st.sampled_from(['fan_in', 'fan_out', 'FAN_IN', 'Fan_Out'])
@@ -102,7 +102,8 @@ def test_kaiming_moments(ours, shape, mode, name):
 @pytest.mark.parametrize('factor', [1, 5 / 3])
 def test_xavier_moments(ours, shape, factor):
     fans = math.prod(shape[2:]) * (shape[0] + shape[1])
-    check_moments(ours(torch.empty(shape), gain=factor, generator=seeded(1)), factor * (2 / fans)**.5, ours is xavier_uniform_)
+    weight = ours(torch.empty(shape), gain=factor, generator=seeded(1))
+    check_moments(weight, factor * (2 / fans)**.5, ours is xavier_uniform_)
 
 
 def test_orthogonal_is_uniform_over_rotations():
@@ -149,14 +150,16 @@ def test_tensors_that_pytorch_refuses(ours, tensor):
 
 
 @pytest.mark.parametrize('ours', list(kaiming), ids=lambda f: f.__name__)
-@pytest.mark.parametrize('kw', [dict(mode='fan'), dict(mode=''), dict(mode='fan_avg'), dict(nonlinearity='swish'), dict(a=True), dict(a='1')])
+@pytest.mark.parametrize('kw', [dict(mode='fan'), dict(mode=''), dict(mode='fan_avg'), dict(nonlinearity='swish'),
+                                dict(a=True), dict(a='1')])
 def test_kaiming_refuses_what_pytorch_refuses(ours, kw):
     with pytest.raises(ValueError): kaiming[ours](torch.empty(3, 3), **kw)
     with pytest.raises(ValueError): ours(torch.empty(3, 3), **kw)
 
 
 def test_a_mode_that_is_no_string_is_named():
-    with pytest.raises(ValueError, match='fan_in or fan_out'): kaiming_normal_(torch.empty(3, 3), mode=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match='fan_in or fan_out'):
+        kaiming_normal_(torch.empty(3, 3), mode=None) # pyright: ignore[reportArgumentType]
 
 
 @each
@@ -186,7 +189,8 @@ def test_layouts_and_devices(ours):
     assert (w.abs() < 9).all()
     conv = ours(torch.empty(8, 4, 3, 3).to(memory_format=torch.channels_last), generator=seeded())
     assert conv.is_contiguous(memory_format=torch.channels_last) and conv.abs().sum() > 0
-    if ours is orthogonal_: torch.testing.assert_close(conv.flatten(1) @ conv.flatten(1).T, torch.eye(8), rtol=0, atol=1e-5)
+    flat = conv.flatten(1)
+    if ours is orthogonal_: torch.testing.assert_close(flat @ flat.T, torch.eye(8), rtol=0, atol=1e-5)
     assert ours(torch.empty(4, 6, device='meta')).is_meta
 
 

@@ -1,4 +1,4 @@
-"Products equal torch's for any shape, dtype and layout, and say what is wrong with the rest; bench counts what it should."
+"Products equal torch's for any shape, dtype and layout, and say what is wrong with others; bench counts as it should."
 import math
 from operator import matmul
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import dlfound.matmul
-from dlfound.matmul import Timing, bench, matmul_broadcast, matmul_einsum, matmul_elementwise, matmul_lists, matmul_loops
+from dlfound.matmul import (Timing, bench, matmul_broadcast, matmul_einsum, matmul_elementwise, matmul_lists,
+                            matmul_loops)
 
 products = [matmul_loops, matmul_lists, matmul_elementwise, matmul_broadcast, matmul_einsum]
 every = pytest.mark.parametrize('product', products, ids=lambda f: f.__name__)
@@ -28,11 +29,13 @@ layouts = st.sampled_from([plain, transposed, strided, offset, stretched])
 
 @every
 @settings(deadline=None, max_examples=150)
-@given(n=sizes, k=sizes, m=sizes, dtype=st.sampled_from([torch.float32, torch.float64, torch.int32, torch.int64, torch.complex64]),
-       left=layouts, right=layouts, seed=st.integers(0, 999))
+@given(n=sizes, k=sizes, m=sizes, left=layouts, right=layouts, seed=st.integers(0, 999),
+       dtype=st.sampled_from([torch.float32, torch.float64, torch.int32, torch.int64, torch.complex64]))
 def test_equals_torch(product, n, k, m, dtype, left, right, seed):
     g = torch.Generator().manual_seed(seed)
-    def make(*shape): return torch.randn(*shape, generator=g, dtype=dtype) if dtype.is_floating_point or dtype.is_complex else torch.randint(-50, 50, shape, generator=g, dtype=dtype)
+    def make(*shape):
+        if dtype.is_floating_point or dtype.is_complex: return torch.randn(*shape, generator=g, dtype=dtype)
+        return torch.randint(-50, 50, shape, generator=g, dtype=dtype)
     a, b = left(make(n, k)), right(make(k, m))
     before = a.clone(), b.clone()
     c = product(a, b)
@@ -67,7 +70,7 @@ def test_nan_and_infinity_travel(product, bad):
 @pytest.mark.parametrize('product', [p for p in products if p is not matmul_lists], ids=lambda f: f.__name__)
 def test_gradients(product):
     torch.manual_seed(0)
-    a, b = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (4, 2)))
     assert torch.autograd.gradcheck(product, (a, b))
 
 
@@ -79,7 +82,8 @@ def test_inner_sizes(product, left, right):
 
 
 @every
-@pytest.mark.parametrize('left, right', [((3,), (3, 2)), ((2, 3), (3,)), ((), (3, 2)), ((4, 2, 3), (4, 3, 2)), ((3,), (3,))])
+@pytest.mark.parametrize('left, right', [((3,), (3, 2)), ((2, 3), (3,)), ((), (3, 2)), ((4, 2, 3), (4, 3, 2)),
+                                         ((3,), (3,))])
 def test_not_a_matrix(product, left, right):
     with pytest.raises(ValueError) as e: product(torch.ones(left), torch.ones(right))
     assert str(left) in str(e.value) and str(right) in str(e.value) and 'matrices' in str(e.value)
@@ -164,9 +168,11 @@ def test_bench_lets_errors_through():
 
 
 @pytest.mark.parametrize('timing, text', [
-    ((.00123, .00004), '1.23 ms ± 0.04 ms'), ((12.3456e-6, 1e-7), '12.3 µs ± 0.1 µs'), ((123.4e-9, 2.6e-9), '123 ns ± 3 ns'), ((2., math.nan), '2.00 s ± ?'),
-    ((.9996, .1), '1.00 s ± 0.10 s'), ((.9994, .1), '999 ms ± 100 ms'), ((9.996e-3, 0), '10.0 ms ± 0.0 ms'), ((99.96e-3, 0), '100 ms ± 0 ms'),
-    ((1e-3, 0), '1.00 ms ± 0.00 ms'), ((4e-10, 0), '0.40 ns ± 0.00 ns'), ((0., 0.), '0.00 ns ± 0.00 ns'), ((7200., 60.), '7200 s ± 60 s')])
+    ((.00123, .00004), '1.23 ms ± 0.04 ms'), ((12.3456e-6, 1e-7), '12.3 µs ± 0.1 µs'),
+    ((123.4e-9, 2.6e-9), '123 ns ± 3 ns'), ((2., math.nan), '2.00 s ± ?'), ((.9996, .1), '1.00 s ± 0.10 s'),
+    ((.9994, .1), '999 ms ± 100 ms'), ((9.996e-3, 0), '10.0 ms ± 0.0 ms'), ((99.96e-3, 0), '100 ms ± 0 ms'),
+    ((1e-3, 0), '1.00 ms ± 0.00 ms'), ((4e-10, 0), '0.40 ns ± 0.00 ns'), ((0., 0.), '0.00 ns ± 0.00 ns'),
+    ((7200., 60.), '7200 s ± 60 s')])
 def test_timing_reads_well(timing, text):
     assert repr(Timing(*timing)) == text
 

@@ -14,8 +14,8 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 full = os.environ.get('DLFOUND_FULL', '0') not in ('', '0')
-fits = 'tensors', 'adam', 'workers', 'stream', 'lazy', 'list', 'foreign', 'replacing'
-n_valid = dict(tensors=2, adam=2, workers=2, stream=2)  # batches; 4 in the other fits
+fits = 'tensors', 'adam', 'seeded', 'workers', 'stream', 'lazy', 'list', 'foreign', 'replacing'
+n_valid = dict(tensors=2, adam=2, seeded=2, workers=2, stream=2)  # batches; 4 in the other fits
 hows = 'kill', 'term', 'ctrlc', 'exception'
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the cases are forked')
 
@@ -31,23 +31,28 @@ def cases():
     for fit in fits:
         for i, place in enumerate(places(fit)):
             for how in hows if full else [next(turn)]:
-                for every in (1, 2 + i % 2) if full else [1 + i % 3]: yield dict(name=fit, how=how, place=place, every=every)
+                for every in (1, 2 + i % 2) if full else [1 + i % 3]:
+                    yield dict(name=fit, how=how, place=place, every=every)
         next(turn)  # so that the ways to die do not come back to the same places
     for fit in fits if full else ('adam', 'lazy'):
         for how in 'half', 'before', 'after':
             for nth in (2, 9, 13) if full else [9]: yield dict(name=fit, how=how, place=nth)
         yield dict(name=fit, how='kill', place=('train', 1, 3), unit='epoch')
-        yield dict(name=fit, how='kill', place=('train', 2, 3), unit='epoch', every=2) if fit != 'lazy' else dict(name=fit, how='kill', place=('valid', 1, 1), unit='epoch')
+        if fit == 'lazy': yield dict(name=fit, how='kill', place=('valid', 1, 1), unit='epoch')
+        else: yield dict(name=fit, how='kill', place=('train', 2, 3), unit='epoch', every=2)
         yield dict(name=fit, how='kill', place=('train', 0, 2), times=4)
     for fit in fits:
-        for seconds in (.02, .05, .1, .15, .3) if full else [.1]: yield dict(name=fit, how='random', place=seconds, times=2)
+        for seconds in (.02, .05, .1, .15, .3) if full else [.1]:
+            yield dict(name=fit, how='random', place=seconds, times=2)
 
 
 @pytest.fixture(scope='module')
 def ask():
     "Runs a case in a process that has imported torch, once for all cases"
-    env = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
-    helper = subprocess.Popen([sys.executable, '-W', 'ignore', str(root / 'tests/resume_cases.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    path = os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])
+    env = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=path)
+    command = [sys.executable, '-W', 'ignore', str(root / 'tests/resume_cases.py')]
+    helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     def ask(case):
         helper.stdin.write(json.dumps(case) + '\n')
         helper.stdin.flush()
@@ -69,12 +74,16 @@ def test_killed_and_resumed(ask, case):
 def test_at_least_fifty(): assert len(list(cases())) >= 50
 
 
+picklers = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal'}
+
 def test_nothing_is_unpickled():
     "No module of the package imports pickle or a relative of it, or calls torch.load or torch.save"
     for path in sorted((root / 'dlfound').glob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            if isinstance(node, ast.ImportFrom): names.append(node.module or '')
-            assert not {n.split('.')[0] for n in names} & {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal'}, path
-            if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'torch': assert not {'load', 'save'} & set(names), path
-            if isinstance(node, ast.Attribute) and node.attr in ('load', 'save') and isinstance(node.value, ast.Name): assert node.value.id != 'torch', path
+            match node:
+                case ast.Import(names): assert not {a.name.split('.')[0] for a in names} & picklers, path
+                case ast.ImportFrom(module, names):
+                    package, taken = (module or '').split('.')[0], {a.name for a in names}
+                    assert not {package, *taken} & picklers, path
+                    assert package != 'torch' or not {'load', 'save'} & taken, path
+                case ast.Attribute(ast.Name('torch'), name): assert name not in ('load', 'save'), path
