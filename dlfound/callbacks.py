@@ -7,7 +7,6 @@ __all__ = ['GradientClip', 'GradientAccumulation', 'ShortEpoch', 'SingleBatch', 
            'TerminateOnNaN', 'SanityCheck']
 
 # %% ../nbs/04a_callbacks.ipynb #bd95cd6e
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -30,7 +29,9 @@ class GradientClip(Callback):
         self,
         max_norm: float, # Of all gradients together
         norm_type: float = 2., # `inf`: the largest entry is the norm
-    ): self.max_norm, self.norm_type = max_norm, norm_type
+    ):
+        if not max_norm > 0: raise ValueError(f'max_norm is above 0, got {max_norm}')
+        self.max_norm, self.norm_type = max_norm, norm_type
 
     def around_step(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
         "Clip, then step"
@@ -38,41 +39,39 @@ class GradientClip(Callback):
         proceed()
 
 # %% ../nbs/04a_callbacks.ipynb #34e44a6e
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None: return b if a is None else a
+    return a.to(b.device).add_(b)
+
 class GradientAccumulation(Callback):
     "One step for several batches, by the mean gradient over all that they count (`learn.weight()`)"
     order, single, kept = -20, True, ('batches', 'weight', 'grads')
     def __init__(self, n_batches: int): # For a step; the last ones of an epoch may be fewer
+        if n_batches < 1: raise ValueError(f'a step needs 1 batch at least, got {n_batches}')
         self.n_batches = n_batches
         self.empty()
-
     def empty(self, learn: Any = None) -> None:
         "Begin a window of batches"
         self.batches, self.weight, self.grads = 0, 0, []
-
-    before_train = after_fit = empty
-
-    def around_zero_grad(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
-        "Within a window, gradients stay"
-        if not self.batches: return proceed()
-        for p, grad in zip(learn.params, self.grads):
-            p.grad = grad if grad is None else grad.to(p.device)
+    after_cancel_epoch = after_fit = empty
 
     def around_backward(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
-        "Add the gradient of the loss times what the batch counts"
-        loss, weight = learn.loss, learn.weight()
-        learn.loss = loss * weight
+        "The gradient of the loss times what the batch counts"
+        loss, learn.loss = learn.loss, learn.loss * learn.weight()
         proceed()
-        learn.loss, self.batches, self.weight = loss, self.batches + 1, self.weight + weight
-        self.grads = [p.grad for p in learn.params]
+        learn.loss = loss
 
     def around_update(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
-        "When the window is full, divide by what it counted, and step"
-        if self.batches < self.n_batches: return
-        for p, grad in zip(learn.params, self.grads):
-            if grad is not None: p.grad = grad.to(p.device).div_(self.weight)
+        "Add the gradients to the window; when it is full, divide by what it counted, and step"
+        if self.batches < self.n_batches:
+            sums = self.grads or [None] * len(learn.params)
+            self.grads = [_added(s, p.grad) for s, p in zip(sums, learn.params)]
+            self.batches, self.weight = self.batches + 1, self.weight + learn.weight()
+            if self.batches < self.n_batches: return
+        for p, s in zip(learn.params, self.grads):
+            p.grad = None if s is None else s.to(p.device).div_(self.weight)
         self.empty()
         proceed()
-
     def after_train(self, learn: TrainingLoop) -> None:
         if not self.batches: return
         self.batches = self.n_batches
@@ -85,7 +84,9 @@ def _first(dl: Iterable[Any], n: int) -> Iterator[Any]:
 class ShortEpoch(Callback):
     "At most `n` batches in each pass, which ends in order"
     single = True
-    def __init__(self, n: int): self.n = n
+    def __init__(self, n: int):
+        if n < 1: raise ValueError(f'a pass has 1 batch at least, got {n}')
+        self.n = n
     def before_train(self, learn: TrainingLoop) -> None: learn.dl = _first(learn.dl, self.n)
     before_validate = before_train
 
@@ -113,7 +114,8 @@ class Device(Callback):
 # %% ../nbs/04a_callbacks.ipynb #a5c27747
 def nonfinite_grads(params: Iterable[Tensor]) -> Tensor: # A single number, above 0 if there are any
     "Look for NaN and inf in all gradients, in one fused call that waits for no device"
-    grads = [p.grad for p in params if p.grad is not None and not p.grad.is_sparse]
+    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+    grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
     found = torch.zeros((), device=grads[0].device if grads else None)
     look: Any = getattr(torch, '_amp_foreach_non_finite_check_and_unscale_') # As GradScaler does
     if grads: look(grads, found, torch.ones_like(found)) # Times 1, in place
@@ -122,8 +124,10 @@ def nonfinite_grads(params: Iterable[Tensor]) -> Tensor: # A single number, abov
 def check_finite_grads(model: nn.Module, batch: Any = None) -> None: # Its number
     "FloatingPointError if a gradient is NaN or infinite, with the names of parameters"
     if not nonfinite_grads(model.parameters()): return
-    bad = ', '.join([name for name, p in model.named_parameters() if not sanity.finite(p.grad)][:4])
-    raise FloatingPointError(f'the loss is finite in batch {batch}, the gradient of {bad} is not; '
+    bad = [name for name, p in model.named_parameters() if p.grad is not None
+           and nonfinite_grads([p])][:4]
+    place = '' if batch is None else f' in batch {batch}, though the loss is'
+    raise FloatingPointError(f'the gradient of {", ".join(bad)} is not finite{place}; '
                              'look for a root or a logarithm at 0, or a division by it')
 
 # %% ../nbs/04a_callbacks.ipynb #b3f0f7ef
@@ -134,14 +138,14 @@ class TerminateOnNaN(Callback):
         "Apply a check, and make of its error a warning and the end of the fit"
         try: check(*args, batch=f'{learn.iter} of epoch {learn.epoch}')
         except FloatingPointError as e:
-            warnings.warn(f'the fit ends: {e}', stacklevel=2)
+            sanity.warn_once(None, 'nan', f'the fit ends: {e}')
             raise CancelFit from None
 
     def after_loss(self, learn: TrainingLoop) -> None:
         given = learn.loss, learn.model, *learn.inputs()
         if learn.training: self.look(learn, sanity.check_finite, *given)
     def after_backward(self, learn: TrainingLoop) -> None:
-        self.look(learn, check_finite_grads, learn.module)
+        if nonfinite_grads(learn.params): self.look(learn, check_finite_grads, learn.module)
 
 # %% ../nbs/04a_callbacks.ipynb #00d8978f
 class SanityCheck(Callback):
@@ -152,8 +156,13 @@ class SanityCheck(Callback):
         look: str | None = None, # Each 'step', or at 'log' points; `None`: as the device allows
         every: int = 50, # Batches from one log point to the next
     ):
+        if look not in (None, 'step', 'log') or every < 1:
+            raise ValueError(f"look is 'step', 'log' or None, every above 0: {look!r}, {every}")
         self.look, self.every, self.fresh, self.first = look, every, True, False
         self.bad: Any = None # At log points: the number of the first bad batch, on the device
+    def now(self, t: Tensor) -> bool:
+        "Are numbers looked at as soon as they are there, or at log points?"
+        return self.look == 'step' or not self.look and t.is_cpu
 
     def before_fit(self, learn: TrainingLoop) -> None:
         self.bad, self.begin, self.recent = None, 0., deque(maxlen=10)
@@ -167,7 +176,6 @@ class SanityCheck(Callback):
 
     def before_train(self, learn: TrainingLoop) -> None: self.first = True
     before_validate = before_train
-
     def after_pred(self, learn: TrainingLoop) -> None:
         if not (self.first and learn.training): return
         sanity.check_target(learn.loss_func, learn.pred, learn.target(), learn.model)
@@ -178,7 +186,7 @@ class SanityCheck(Callback):
     def after_loss(self, learn: TrainingLoop) -> None:
         loss = learn.loss
         if self.first: self.check_first(learn)
-        if not learn.training or self.look == 'log' or not (self.look or loss.is_cpu): return
+        if not (learn.training and self.now(loss)): return
         value = loss.item()
         if not isfinite(value): sanity.check_finite(
             loss, learn.model, *learn.inputs(), batch=f'{learn.iter} of epoch {learn.epoch}')
@@ -188,7 +196,6 @@ class SanityCheck(Callback):
         if mean > 10 * self.begin > 0:
             sanity.warn_once(learn.model, 'grows', f'the loss has grown from {self.begin:.3g} to '
                              f'{mean:.3g} by batch {learn.iter}; lower the learning rate')
-
     def check_first(self, learn: TrainingLoop) -> None:
         "Look at the loss of the first batch of a pass"
         loss, self.first = learn.loss, learn.training
@@ -202,7 +209,7 @@ class SanityCheck(Callback):
     def after_backward(self, learn: TrainingLoop) -> None:
         if self.first: sanity.check_grads(learn.model)
         self.first, found = False, nonfinite_grads(learn.params)
-        if self.look == 'step' or not self.look and found.is_cpu:
+        if self.now(found):
             if found: check_finite_grads(learn.module, f'{learn.iter} of epoch {learn.epoch}')
             return
         wrong = (found > 0) | ~learn.loss.detach().isfinite()

@@ -32,16 +32,16 @@ class Callback:
     kept: Sequence[str] = () # Names of the attributes that a checkpoint keeps
     def before_fit(self, learn: 'TrainingLoop') -> None: "A fit begins"
     def before_epoch(self, learn: 'TrainingLoop') -> None: "An epoch begins, and `row` is empty"
-    def before_train(self, learn: 'TrainingLoop') -> None: "A pass over `dl` begins that trains"
-    def before_validate(self, learn: 'TrainingLoop') -> None: "Likewise, one that validates"
+    def before_train(self, learn: 'TrainingLoop') -> None: "A training pass over `dl` begins"
+    def before_validate(self, learn: 'TrainingLoop') -> None: "A validating pass over `dl` begins"
     def before_batch(self, learn: 'TrainingLoop') -> None: "`batch` is there"
     def after_pred(self, learn: 'TrainingLoop') -> None: "`pred` is there"
     def after_loss(self, learn: 'TrainingLoop') -> None: "`loss` is there"
     def after_backward(self, learn: 'TrainingLoop') -> None: "The gradients are there"
     def after_step(self, learn: 'TrainingLoop') -> None: "The parameters have changed"
     def after_batch(self, learn: 'TrainingLoop') -> None: "The batch ends"
-    def after_train(self, learn: 'TrainingLoop') -> None: "The pass ends"
-    def after_validate(self, learn: 'TrainingLoop') -> None: "Likewise"
+    def after_train(self, learn: 'TrainingLoop') -> None: "The training pass ends"
+    def after_validate(self, learn: 'TrainingLoop') -> None: "The validating pass ends"
     def after_epoch(self, learn: 'TrainingLoop') -> None: "The epoch ends"
     def after_fit(self, learn: 'TrainingLoop') -> None: "The fit ends, whatever happened"
     def after_cancel_batch(self, learn: 'TrainingLoop') -> None: "`CancelBatch` came"
@@ -82,7 +82,7 @@ class Callbacks:
     def __init__(self, cbs: Cbs = ()):
         self.members: list[Callback] = []
         self.called: dict[str, list[Callable[..., None]]] = {} # By event, while the loop works
-        for cb in [cbs] if isinstance(cbs, (Callback, type)) else cbs: self.add(cb)
+        for cb in [cbs] if isinstance(cbs, (Callback, type)) else cbs or (): self.add(cb)
     def __iter__(self) -> Iterator[Callback]: return iter(self.members)
     def __getitem__(self, kind: type[_C]) -> _C:
         for cb in self.members:
@@ -271,7 +271,7 @@ class TrainingLoop:
     ) -> None:
         "Train, and validate after every epoch"
         with self.cbs.at_work(self, cbs), state.modes_kept(self.module):
-            self.n_epochs, self.fit_lr = n_epochs, lr
+            self.n_epochs, self.fit_lr, self.params = n_epochs, lr, [*self.module.parameters()]
             if reset_opt: vars(self).pop('opt', None)
             if 'opt' in vars(self): self.set_lr(lr)
             try:
@@ -291,7 +291,7 @@ class TrainingLoop:
                     position=dict(epoch=self.epoch, batch=self.iter, row=dict(self.row)))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        "Be as the loop was, but for the position, which is an argument of `fit`"
+        "Be as the loop was, callbacks by name, but for the position: it is an argument of `fit`"
         state.load_module_state(self.module, saved['module'])
         state.load_opt_state(self.opt, saved['opt'])
         self.row = dict(saved['position']['row'])

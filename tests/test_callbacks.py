@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlfound.callbacks import nonfinite_grads
-from dlfound.learner import (Callback, CancelFit, DataLoaders, Device, GradientAccumulation, GradientClip, Learner,
-                             Metrics, Progress, Recorder, SanityCheck, ShortEpoch, SingleBatch, TerminateOnNaN,
+from dlfound.learner import (Callback, CancelBatch, CancelFit, DataLoaders, Device, GradientAccumulation, GradientClip,
+                             Learner, Metrics, Progress, Recorder, SanityCheck, ShortEpoch, SingleBatch, TerminateOnNaN,
                              label_weight)
 from dlfound.loader import DataLoader
 from dlfound.minibatch import Dataset, accuracy, cross_entropy
@@ -120,6 +120,36 @@ def test_where_the_default_weight_is_wrong_it_is_said():
         assert not [t for t in told(lambda: fit(loss, target, **kw)) if 'mean over' in t]
 
 
+def test_a_refused_batch_is_not_in_its_window():
+    def after(train, *cbs):
+        learn = Learner(DataLoaders(train), net(), loss_func, lr=.1, cbs=[GradientAccumulation(len(train)), *cbs])
+        learn.fit(1)
+        return learn.model
+    def refuse(learn):
+        if learn.iter == 1: raise CancelBatch
+    four = batches(4, 4, 4, 4)
+    refused = after(four, at('after_backward', refuse))
+    assert same(refused, after([four[0], *four[2:]])) and not same(refused, after(four))
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: GradientClip(0.), 'max_norm is above 0'), (lambda: GradientClip(-1.), 'max_norm is above 0'),
+    (lambda: GradientAccumulation(0), '1 batch at least'), (lambda: ShortEpoch(-1), '1 batch at least'),
+    (lambda: SanityCheck('steps'), "'step', 'log' or None"), (lambda: SanityCheck('log', every=0), 'every above 0')])
+def test_settings_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message): make()
+
+
+def test_gradients_of_other_kinds():
+    sparse, imaginary = nn.Embedding(4, 2, sparse=True), nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    for factor, bad in (1., 0), (torch.nan, 1):
+        sparse.zero_grad()
+        imaginary.grad = None
+        (factor * sparse(torch.tensor([1]))).sum().backward()
+        (factor * imaginary).abs().sum().backward()
+        for p in sparse.weight, imaginary: assert float(nonfinite_grads([p])) == bad
+
+
 # Short epochs
 
 def test_single_batch():
@@ -212,11 +242,11 @@ def test_gradients_that_are_nan(cbs):
     model, batch = Norm(), (torch.randn(8, 2), torch.ones(8))
     before = copy.deepcopy(model)
     learn = Learner(DataLoaders([batch] * 3), model, nn.MSELoss(), cbs=cbs)
-    with pytest.raises(FloatingPointError, match='loss is finite in batch 0 of epoch 0, the gradient of .*l.weight'):
+    with pytest.raises(FloatingPointError, match='the gradient of .*l.weight'):
         learn.fit(1)
     assert same(model, before)
     learn = Learner(DataLoaders([batch] * 3), model, nn.MSELoss(), cbs=TerminateOnNaN())
-    with pytest.warns(UserWarning, match='the fit ends: the loss is finite in batch 0'): learn.fit(1)
+    with pytest.warns(UserWarning, match='the fit ends: the gradient of'): learn.fit(1)
     assert same(model, before)
 
 
