@@ -10,8 +10,6 @@ __all__ = ['failing_layer', 'Learner', 'Callback', 'Callbacks', 'CancelBatch', '
 # %% ../nbs/04c_learner.ipynb #5f0d1fc4
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf
-from pathlib import Path
 from traceback import walk_tb
 from typing import Any, TypeVar
 
@@ -39,37 +37,38 @@ _all_ = ['Callback', 'Callbacks', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Da
 # %% ../nbs/04c_learner.ipynb #7d956680
 def _check_arguments(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> None:
     "TypeError for an argument that cannot be what its place says, with the way out"
-    train, name = getattr(dls, 'train', None), getattr(loss_func, '__name__', '')
+    loaders = getattr(dls, 'train', None), getattr(dls, 'valid', None)
     wrong = {
         'the loaders come first, then the model': isinstance(dls, nn.Module),
         'loaders come as one, DataLoaders(train, valid)': not hasattr(dls, 'train'),
-        'dls.train is a data set; DataLoaders.from_datasets makes loaders':
-            isinstance(train, Dataset) and not isinstance(train, IterableDataset),
-        f'the model is no nn.Module but a {type(model).__name__}': not isinstance(model, nn.Module),
-        f'loss_func is a class; make a loss of it: {name}()': isinstance(loss_func, type),
+        'a data set is no loader; DataLoaders.from_datasets makes loaders': any(
+            isinstance(dl, Dataset) and not isinstance(dl, IterableDataset) for dl in loaders),
+        f'the model is no nn.Module but a {type(model).__name__}; pass an nn.Module object, '
+        'such as Net()': not isinstance(model, nn.Module),
+        'loss_func is called with predictions and targets; make an object: CrossEntropyLoss()':
+            isinstance(loss_func, type) or not (loss_func is None or callable(loss_func)),
         'opt_func makes an optimizer, as torch.optim.Adam; one that is made goes to learn.opt':
             not callable(opt_func) or hasattr(opt_func, 'param_groups')}
     for text, found in wrong.items():
         if found: raise TypeError(text)
-
 def failing_layer(e: BaseException, model: nn.Module) -> str: # '' if there is none
     "The innermost layer that an error came through, with the shapes of its inputs and weights"
-    names, text = {m: name for name, m in model.named_modules()}, ''
+    names, text = {id(m): f'layer {k}' if k else 'the model' for k, m in model.named_modules()}, ''
     for frame, _ in walk_tb(e.__traceback__ and e.__traceback__.tb_next): # The first has `e` itself
-        layer = frame.f_locals.get('self')
-        if not isinstance(layer, nn.Module) or layer not in names: continue
-        got = [tuple(x.shape) for x in frame.f_locals.values() if isinstance(x, Tensor)]
+        code, layer = frame.f_code, frame.f_locals.get('self')
+        if code.co_name != 'forward' or layer is None or id(layer) not in names: continue
+        given = [frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]]
+        got = [tuple(x.shape) for x in given if isinstance(x, Tensor)]
         own = {k: tuple(p.shape) for k, p in layer.named_parameters(recurse=False)}
-        text = f'(in layer {names[layer]}, a {type(layer).__name__} with {own}, which got {got})'
+        text = f'(in {names[id(layer)]}, a {type(layer).__name__} with {own}, which got {got})'
     return text
 
 # %% ../nbs/04c_learner.ipynb #f42daa67
 class _Gather(Callback):
     "Keeps predictions and targets, on the CPU, and goes no further than the model"
-    order = inf # What other callbacks make of a prediction is the prediction
+    order = torch.inf # What other callbacks make of a prediction is the prediction
     def __init__(self, targets: bool):
         self.wanted, self.preds, self.targets, self.sizes = targets, [], [], []
-
     def after_pred(self, learn: TrainingLoop) -> None:
         def host(x: Any) -> Any: return map_tensors(lambda t: t.detach().to('cpu'), x)
         given, batch = learn.inputs()[0], learn.batch
@@ -106,12 +105,11 @@ class Learner(TrainingLoop):
     def add_cb(self, cb: Callback) -> None: "Add a callback"; self.cbs.add(cb)
     def remove_cb(self, cb: Any) -> None: "Remove one, or all of a class"; self.cbs.remove(cb)
     def __getitem__(self, kind: type[_C]) -> _C: return self.cbs[kind] # `learn[Recorder]`
-
     def forward(self) -> None:
         "Batch to prediction; an error says in which layer it came"
         try: super().forward()
         except Exception as e:
-            e.add_note(failing_layer(e, self.model))
+            if note := failing_layer(e, self.model): e.add_note(note)
             raise
 
     def validate(
@@ -136,25 +134,27 @@ class Learner(TrainingLoop):
     ) -> tuple[Any, Any]: # On the CPU; no targets if batches `(x,)` have none
         "What the model says to each example, in evaluation mode, and what it should have said"
         gather = _Gather(targets)
-        self.validate(dl, gather)
+        self.validate(dl, [gather, Metrics()]) # Without metrics, in place of those there are
         if not gather.preds: raise ValueError('there was no batch; is it a used-up iterator?')
         found = [concat(p, gather.sizes) if p else None for p in (gather.preds, gather.targets)]
         return found[0], found[1]
 
     def predict(self, x: Any) -> Any: # Without a dimension for the batch, as `x`; on the CPU
-        "What the model says to one sample without its target: a tensor, or a dict"
-        preds, _ = self.get_preds([collate([x if isinstance(x, Mapping) else (x,)])], targets=False)
-        return preds[0] if isinstance(preds, list) else map_tensors(lambda t: t[0], preds)
+        "What the model says to one sample without its target: a tensor, a dict, a tuple of inputs"
+        sample = x if isinstance(x, Mapping) else (*x, 0) if isinstance(x, tuple) else (x,)
+        preds, _ = self.get_preds([collate([sample])], targets=False)
+        if isinstance(preds, list) and len(preds) == 1: return preds[0] # A list of examples
+        return map_tensors(lambda t: t[0], preds)
 
     def save(self, path: str | os.PathLike[str]) -> None: # Ends in .safetensors
-        "Write weights and buffers, those of the loss too if it has any; a whole file or none"
+        "Write the tensors of `state_dict`, of the loss too if it has any; a whole file or none"
         with whole_file(path) as part: save_model(self._saved(), str(part))
     def load(self, path: str | os.PathLike[str]) -> None: # Written by `save`
-        "Read weights and buffers; ValueError, and nothing changed, if they belong to another model"
-        module, path = self._saved(), Path(path).expanduser()
+        "Read what `save` wrote; ValueError, and nothing changed, if it belongs to another model"
+        module, path = self._saved(), os.path.expanduser(path)
         before = map_tensors(Tensor.clone, module_state(module))
         try: load_model(module, path)
         except (SafetensorError, RuntimeError) as e:
             load_module_state(module, before)
-            raise ValueError(f'{path.name} does not hold the weights of this model: {e}') from e
+            raise ValueError(f'the file does not hold the weights of this model: {e}') from e
     def _saved(self) -> Any: return self.module if module_state(self.loss_func) else self.model

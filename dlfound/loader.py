@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.utils.data
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import IterableDataset, Subset, TensorDataset, get_worker_info
 
 from .minibatch import Dataset, Sampler, collate
 
@@ -28,13 +28,13 @@ def _rows(tensors: Sequence[Tensor], order: Tensor, size: int) -> Iterator[tuple
     return zip(*parts) if len(order) else iter(())
 
 # %% ../nbs/03a_loader.ipynb #49461f1a
-def _fetch(dataset: Any, positions: Sequence[Any]) -> Sequence[Any]:
+def _fetch(ds: Any, positions: Sequence[Any]) -> Sequence[Any]:
     "The samples at `positions`, all at once if the data set can do that"
-    if several := getattr(dataset, '__getitems__', None): return several(positions)
+    if type(ds) is Subset: return _fetch(ds.dataset, [ds.indices[i] for i in positions])
+    if several := getattr(ds, '__getitems__', None): return several(positions)
     samples = []
     for i in positions:
-        try: samples.append(dataset[i])
-        except StopIteration as e: raise RuntimeError(f'StopIteration in sample {i}') from e
+        try: samples.append(ds[i])
         except Exception as e:
             e.add_note(f'(sample {i} of the data set)')
             raise
@@ -70,18 +70,30 @@ class _Batches:
 
     def make(self, positions: Any) -> Any:
         "The batch of these positions; of one position, if the data set holds batches already"
-        found: Any = self.dataset[positions] if self.single else _fetch(self.dataset, positions)
-        return self.collate_fn(found)
+        try:
+            found: Any = self.dataset[positions] if self.single else _fetch(self.dataset, positions)
+            return self.collate_fn(found)
+        except StopIteration as e: raise RuntimeError('StopIteration: a batch was not made') from e
 
     def __getitem__(self, key: tuple[int, Any]) -> Any:
         with seeded(key[0]): return self.make(key[1])
 
+def _same(batch: Any) -> Any: return batch
+
+# %% ../nbs/03a_loader.ipynb #df7df594
+class _Epoch:
+    "The batches of an epoch from number `start` on, and how many they are"
+    def __init__(self, batches: Iterator[Any], whole: Any, start: int):
+        self.batches, self.whole, self.start = batches, whole, start
+    def __iter__(self) -> Iterator[Any]: return self
+    def __next__(self) -> Any: return next(self.batches)
+    def __len__(self) -> int: return max(0, len(self.whole) - self.start)
+
 class _Keys:
     "The keys of the coming epoch, as a sampler"
-    keys: Iterator[Any] = iter(())
-    n = 0
-    def __iter__(self) -> Iterator[Any]: return self.keys
-    def __len__(self) -> int: return self.n
+    keys: Any = ()
+    def __iter__(self) -> Iterator[Any]: return iter(self.keys)
+    def __len__(self) -> int: return len(self.keys)
 
 class _Start:
     "Prepares a worker: it sees the caller's data set, and calls the caller's `worker_init_fn`"
@@ -90,17 +102,6 @@ class _Start:
         info: Any = get_worker_info()
         object.__setattr__(info, 'dataset', info.dataset.dataset)
         if self.f: self.f(number)
-
-def _same(batch: Any) -> Any: return batch
-
-# %% ../nbs/03a_loader.ipynb #df7df594
-class _Epoch:
-    "The batches of an epoch, and how many they are"
-    def __init__(self, batches: Iterator[Any], loader: Any):
-        self.batches, self.loader = batches, loader
-    def __iter__(self) -> Iterator[Any]: return self
-    def __next__(self) -> Any: return next(self.batches)
-    def __len__(self) -> int: return len(self.loader)
 
 class DataLoader(torch.utils.data.DataLoader[Any]):
     "PyTorch's loader: whole batches where they can be had at once, the same from any workers"
@@ -127,12 +128,13 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                          collate_fn, generator=generator, **kwargs)
         self.seeded = (num_workers > 0 if seeded is None else seeded) and not stream
         self._options: dict[str, Any] = kwargs
-        self._crew: Any = None
+        self._worker_loader: Any = None
 
     def __iter__(self) -> Any: return self.batches() # Iterator over batches
 
     def batches(self, start: int = 0) -> Any: # Iterator over batches
         "The batches of a new epoch from number `start` on, those before it not made if possible"
+        if start < 0: raise ValueError(f'batches are numbered from 0 on, got {start}')
         stream = isinstance(self.dataset, IterableDataset)
         alone = not (self.num_workers or self.pin_memory or stream)
         if not (alone or self.seeded):
@@ -140,19 +142,20 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             for _ in range(start): next(theirs, None)
             return theirs
         base = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
-        sampler: Any = self.sampler
+        maker, sampler = _Batches(self), cast(Any, self.sampler)
         if alone and (tensors := self._tensors()):
             size = self.batch_size or 1
             order = sampler.order()[start * size:len(self) * size]
-            return _Epoch(_rows(tensors, order, size), self)
-        made, cut = _Batches(self), sampler if self.batch_sampler is None else self.batch_sampler
-        if not self.seeded: return _Epoch((made.make(p) for p in islice(cut, start, None)), self)
-        keys = ((base + i, p) for i, p in islice(enumerate(cut), start, None))
-        if alone: return _Epoch((made[key] for key in keys), self)
-        crew = self._crew or self._hire(base)
-        crew.sampler.keys, crew.sampler.n = keys, len(self)
-        if self.persistent_workers: self._crew = crew
-        return iter(crew)
+            return _Epoch(_rows(tensors, order, size), self, start)
+        batches = sampler if self.batch_sampler is None else self.batch_sampler
+        later = islice(enumerate(batches), start, None)
+        if not self.seeded: return _Epoch((maker.make(p) for _, p in later), self, start)
+        keys = _Epoch(((base + i, p) for i, p in later), batches, start)
+        if alone: return _Epoch((maker[key] for key in keys), self, start)
+        loader = self._worker_loader or self._make_worker_loader(base)
+        loader.sampler.keys = keys
+        if self.persistent_workers: self._worker_loader = loader
+        return iter(loader)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         "What an epoch can be cut from directly, if there is such"
@@ -162,12 +165,12 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if getattr(type(ds), '__getitems__', None) is Dataset.__getitems__: return ds.x, ds.y
         return ds.tensors if type(ds) is TensorDataset else ()
 
-    def _hire(self, base: int) -> Any:
+    def _make_worker_loader(self, base: int) -> Any:
         "PyTorch's loader of whole batches, whose workers are sent keys"
-        source, own = cast(Any, _Batches(self)), torch.Generator().manual_seed(base)
+        maker, own = cast(Any, _Batches(self)), torch.Generator().manual_seed(base)
         options: Any = dict(worker_init_fn=_Start(self.worker_init_fn), drop_last=False)
         return torch.utils.data.DataLoader(
-            source, None, sampler=_Keys(), num_workers=self.num_workers, collate_fn=_same,
+            maker, None, sampler=_Keys(), num_workers=self.num_workers, collate_fn=_same,
             generator=own, **self._options | options)
 
 # %% ../nbs/03a_loader.ipynb #442b6ffc
@@ -205,10 +208,12 @@ def open_batches(
     start: int = 0, # The number of the first batch
 ) -> Iterator[Iterator[Any]]:
     "An epoch of `dl` from batch `start` on; unless they are to persist, workers end with the block"
-    if own := isinstance(dl, DataLoader): batches = dl.batches(start)
+    if isinstance(dl, DataLoader) and (dl.seeded or not dl.num_workers):
+        batches, start = dl.batches(start), 0
     else: batches = iter(dl)
-    for _ in range(0 if own else start): next(batches, None)
-    try: yield batches
+    try:
+        for _ in range(start): next(batches, None)
+        yield batches
     finally:
         if not getattr(dl, 'persistent_workers', False):
             end = getattr(batches, '_shutdown_workers', None) or getattr(batches, 'close', None)

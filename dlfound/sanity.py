@@ -14,14 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from math import isfinite, log
+from math import inf, isfinite, log
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from .loader import length
 from .minibatch import cross_entropy, nll
@@ -31,8 +29,7 @@ from .state import map_tensors, random_kept
 def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]: # What is trained, by name
     "ValueError if no parameter of `model` wants a gradient"
     if found := {k: p for k, p in model.named_parameters() if p.requires_grad}: return found
-    why = 'all are frozen' if [*model.parameters()] else 'layers in a list need nn.ModuleList'
-    raise ValueError(f'there is no parameter to train: {why}')
+    raise ValueError('there is no parameter to train: all are frozen, or not in an nn.ModuleList')
 
 # %% ../nbs/03b_sanity.ipynb #8637368b
 def check_zeroed(model: nn.Module) -> None: # Before `backward`, or the first one of a window
@@ -48,9 +45,9 @@ def warn_once(owner: Any, kind: str, text: str) -> None:
     "A SanityWarning at the line that called the check, once for each `kind` and `owner` (if any)"
     told = set() if owner is None else _told.setdefault(owner, set())
     if kind in told: return
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals['__name__'].startswith('dlfound.'): frame = frame.f_back
-    warnings.warn_explicit(text, SanityWarning, frame.f_code.co_filename, frame.f_lineno)
+    f = sys._getframe(1)
+    while f.f_back and f.f_globals.get('__name__', '').startswith('dlfound.'): f = f.f_back
+    warnings.warn_explicit(text, SanityWarning, f.f_code.co_filename, f.f_lineno)
     told.add(kind)
 def _some(names: Sequence[str]) -> str: return ', '.join(names[:4]) + ', …' * (len(names) > 4)
 
@@ -58,8 +55,7 @@ def _some(names: Sequence[str]) -> str: return ', '.join(names[:4]) + ', …' * 
 def check_grads(model: nn.Module) -> None: # After `backward`
     "RuntimeError if no parameter has a gradient; warns, with their names, if some have none"
     own = check_trainable(model)
-    lacking = [name for name, p in own.items() if p.grad is None
-               and not getattr(p, '_post_accumulate_grad_hooks', None)] # One may have used it up
+    lacking = [k for k, p in own.items() if p.grad is None and not p._post_accumulate_grad_hooks]
     text = f'no gradient reaches {_some(lacking)}; look for detach, no_grad or item on the way'
     if len(lacking) == len(own): raise RuntimeError(f'{text}, or for a missing backward')
     if lacking: warn_once(model, 'grads', f'{text}, unless it is a branch that is not used')
@@ -70,20 +66,17 @@ def check_optimizer(opt: Any, model: nn.Module) -> None: # What has no `param_gr
     held = {id(p) for group in getattr(opt, 'param_groups', ()) for p in group['params']}
     own = check_trainable(model)
     lacking = [name for name, p in own.items() if held and id(p) not in held]
-    text = f'the optimizer lacks {_some(lacking)}; make it last, or fit(…, reset_opt=True)'
+    text = f'the optimizer lacks {_some(lacking)}; create it after all layers, or reset_opt=True'
     if len(lacking) == len(own): raise ValueError(text)
     if lacking: warn_once(opt, 'lacks', text)
 
 # %% ../nbs/03b_sanity.ipynb #4705a922
-def check_lr(lr: Any) -> None: # Any number, also NumPy's or a tensor of one
-    "ValueError for a learning rate that is 0, negative, NaN or infinite"
-    if isfinite(lr) and lr > 0: return
-    raise ValueError(f'a learning rate is finite and above 0, got {lr}; try .1 or, for Adam, .001')
+def check_lr(lr: Any) -> None:
+    "ValueError for a rate that is 0, negative, NaN or infinite, TypeError for what is no number"
+    if not 0 < lr < inf: raise ValueError(f'a learning rate is finite and above 0, got {lr}')
 def check_loader(dl: Any, name: str = 'the loader') -> None: # What has no length passes
-    "ValueError if a loader is empty, with the reason"
-    dropping = getattr(getattr(dl, 'batch_sampler', None), 'drop_last', False)
-    why = 'drop_last leaves out all there is; lower batch_size' if dropping else 'it has no samples'
-    if length(dl) == 0: raise ValueError(f'{name} is empty: {why}')
+    "ValueError if a loader is empty"
+    if length(dl) == 0: raise ValueError(f'{name} is empty; lower batch_size if drop_last is set')
 
 # %% ../nbs/03b_sanity.ipynb #91461d7e
 _norms = nn.modules.batchnorm._NormBase
@@ -91,47 +84,51 @@ def _random(m: nn.Module) -> bool:
     if isinstance(m, nn.modules.dropout._DropoutNd): return m.p > 0
     return isinstance(m, (nn.RNNBase, nn.MultiheadAttention)) and m.dropout > 0
 def check_training(model: nn.Module) -> None: # While it trains
-    "Warns of dropout, or of a whole model, left in eval; norms and parts that are frozen are fine"
+    "Warns of layers left in eval; frozen parts and norms are fine, and `F.dropout` is not seen"
     def frozen(m: nn.Module) -> bool: return {p.requires_grad for p in m.parameters()} == {False}
     fine = {m for part in model.modules() if frozen(part) for m in part.modules()}
-    left = [name or 'the model' for name, m in model.named_modules() if not m.training and
-            m not in fine and (_random(m) or isinstance(m, _norms) and not model.training)]
-    if left: warn_once(model, 'eval', f'{_some(left)} left in eval; call model.train() first')
+    left = [name or 'the model' for name, m in model.named_modules() if not m.training
+            and m not in fine and (_random(m) or isinstance(m, _norms) and not model.training)]
+    if left: warn_once(model, 'eval', f'layers are left in eval: {_some(left)}; call model.train()')
 
 # %% ../nbs/03b_sanity.ipynb #55e40bdb
+def _tensors(x: Any) -> list[Tensor]: # In structures of any depth
+    found: list[Tensor] = []
+    map_tensors(found.append, x)
+    return found
 def check_hidden_state(model: nn.Module) -> None: # After a forward pass
     "Warns of tensors in plain attributes, which no checkpoint keeps and `to` does not move"
     found = [f'{name}.{k}'.strip('.') for name, m in model.named_modules()
-             for k, v in vars(m).items() if isinstance(v, Tensor) and v.grad_fn is None]
+             for k, v in vars(m).items() if isinstance(v, (Tensor, tuple, list))
+             and not hasattr(m, f'{k}_g') and not hasattr(m, f'{k}_orig') # As of weight_norm
+             and any(t.grad_fn is None and not isinstance(t, nn.Parameter) for t in _tensors(v))]
     if found: warn_once(model, 'hidden', f'{_some(found)} is not saved or moved; make it a buffer')
 
 # %% ../nbs/03b_sanity.ipynb #558e682d
 def check_inputs(x: Any, owner: Any = None) -> None: # Dense floats of any shape; others pass
     "Warns of inputs that are NaN or infinite, or of a size or offset that training suffers from"
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided: return
-    wide = x.detach().float()
+    wide = torch.atleast_1d(x.detach().float())
     mean, rms = torch.stack([wide.mean(), wide.square().mean().sqrt()]).tolist()
-    tiny = rms < .02 and rms * x[:1].numel()**.5 < .05
+    tiny = rms < .02 and rms * wide[:1].numel()**.5 < .05
     if not isfinite(rms): warn_once(owner, 'nan', 'inputs are NaN or infinite; clean or fill them')
-    elif rms > 10 or abs(mean) > 1.5 or tiny:
-        warn_once(owner, 'inputs', f'inputs have mean {mean:.2g} and root mean square {rms:.2g}; '
-                  'normalise them by the statistics of the training set')
+    elif rms > 10 or abs(mean) > 1.2 or tiny: warn_once(
+        owner, 'inputs', f'inputs have mean {mean:.2g}, root mean square {rms:.2g}; normalise them')
 
 # %% ../nbs/03b_sanity.ipynb #7fe8238a
-@torch.no_grad()
-def _watch(model: nn.Module, inputs: Sequence[Any], look: Callable[..., None]) -> None:
+def _watch(model: nn.Module, inputs: tuple[Any, ...], look: Callable[..., None]) -> None:
     "`look(name, layer, inputs, output)` after each layer of a forward pass that leaves no trace"
+    plain = [(m, dict(vars(m))) for m in model.modules()]
     handles = [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules()]
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     try:
-        with random_kept(): functional_call(model, buffers, tuple(inputs))
+        with random_kept(), torch.no_grad(): torch.func.functional_call(model, buffers, inputs)
     finally:
         for h in handles: h.remove()
+        for m, was in plain: vars(m).update(was)
 def finite(x: Any) -> bool: # Tensors in structures of any depth
     "Are all numbers finite?"
-    seen: list[bool] = []
-    map_tensors(lambda t: seen.append(bool(t.isfinite().all())), x)
-    return all(seen)
+    return all(bool(t.isfinite().all()) for t in _tensors(x))
 def first_nonfinite(model: nn.Module, *inputs: Any) -> str: # Such as 'the output of layer 2 (ReLU)'
     "Where NaN or inf begins: in the inputs, a weight, a layer's output, or only behind the model"
     found = [] if finite(inputs) else ['the inputs']
@@ -144,10 +141,9 @@ def first_nonfinite(model: nn.Module, *inputs: Any) -> str: # Such as 'the outpu
     return [*found, 'the target or the loss, for the model is finite'][0]
 
 # %% ../nbs/03b_sanity.ipynb #46a97cd3
-def check_finite(loss: Any, model: nn.Module, *inputs: Any, batch: Any = None) -> None: # Its number
-    "FloatingPointError if a loss is NaN or infinite: in which batch, and where that began"
-    value = float(torch.as_tensor(loss).detach().sum())
-    if isfinite(value): return
+def check_finite(loss: Any, model: nn.Module, *inputs: Any, batch: Any = '?') -> None:
+    "FloatingPointError if a loss is not finite: in which batch (its number), and where that began"
+    if isfinite(value := float(torch.as_tensor(loss).detach().sum())): return
     try: where = f'it began in {first_nonfinite(model, *inputs)}'
     except Exception as e: where = f'no layer can be named, for another pass fails: {e}'
     raise FloatingPointError(f'the loss is {value} in batch {batch}; {where}')
@@ -156,12 +152,13 @@ def check_finite(loss: Any, model: nn.Module, *inputs: Any, batch: Any = None) -
 def dead_units(model: nn.Module, *inputs: Any) -> dict[str, float]: # By layer, from 0 to 1
     "Share of the units of each ReLU that are 0 on a whole batch, of 8 rows or pixels at least"
     zero: dict[str, list[Tensor]] = {}
-    before = [model] # The last layer that says which dimension the units are
+    dim = [-1] # That of the units, as the last layer that says so has left it
     def look(name: str, m: nn.Module, _: Any, out: Any) -> None:
-        if isinstance(m, (nn.modules.conv._ConvNd, _norms, nn.Linear, nn.LayerNorm)): before[0] = m
+        if isinstance(m, (nn.modules.conv._ConvNd, _norms)): dim[0] = 1
+        if isinstance(m, (nn.Linear, nn.RNNBase, nn.Embedding)): dim[0] = -1
+        if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1: dim[0] = -1
         if not isinstance(m, (nn.ReLU, nn.ReLU6, nn.Hardswish)) or out.ndim < 2: return
-        dim = -1 if isinstance(before[0], (nn.Linear, nn.LayerNorm)) else 1
-        units = out.movedim(dim, 0).flatten(1)
+        units = out.movedim(dim[0], 0).flatten(1)
         if units.shape[1] >= 8: zero.setdefault(name, []).append((units == 0).all(1))
     _watch(model, inputs, look)
     return {name: float(torch.cat(parts).float().mean()) for name, parts in zero.items()}
@@ -192,8 +189,8 @@ def overfit_batch(
     with random_kept(), torch.enable_grad():
         losses, blind = learn(inputs), min(learn([x[:1].expand_as(x).clone() for x in inputs]))
     if losses[-1] < blind - abs(blind - floor) / 2: return losses
-    raise RuntimeError(f'one batch is not learnt by heart: the loss ends at {losses[-1]:.3g}, '
-                       f'blind at {blind:.3g}; is it broadcast, the graph cut, the rate off?')
+    raise RuntimeError(f'one batch is not learnt by heart: the loss ends at {losses[-1]:.3}, blind '
+        f'at {blind:.3}; is it broadcast, the graph cut, the rate off, all its targets equal?')
 
 # %% ../nbs/03b_sanity.ipynb #d0b8a97e
 _kinds = dict(
@@ -201,28 +198,31 @@ _kinds = dict(
     smooth_l1_loss=nn.SmoothL1Loss, huber_loss=nn.HuberLoss, binary_cross_entropy=nn.BCELoss,
     binary_cross_entropy_with_logits=nn.BCEWithLogitsLoss)
 _names: dict[Any, str] = {cross_entropy: 'cross_entropy', nll: 'nll_loss'}
-_names |= {f: name for name, kind in _kinds.items() for f in (kind, getattr(F, name))}
+_names |= {f: name for name, kind in _kinds.items() for f in (kind, getattr(nn.functional, name))}
 def known_loss(f: Any) -> tuple[str, Mapping[str, Any]]: # Functions, modules, partials of them
     "The name of a loss that we know, '' for others, and its options"
     options: dict[str, Any] = {}
     while isinstance(f, partial): f, options = f.func, f.keywords | options
-    if not isinstance(f, nn.Module): return _names.get(f, ''), options
-    return _names.get(type(f), ''), dict(vars(f), weight=getattr(f, 'weight', None))
+    if isinstance(f, nn.Module): f, options = type(f), vars(f) | f._buffers
+    return next((name for known, name in _names.items() if known is f), ''), options
 
 # %% ../nbs/03b_sanity.ipynb #36b92dd3
 def _check_values(given: str, options: Any, pred: Tensor, target: Tensor, owner: Any) -> None:
-    if target.shape != pred.shape: raise ValueError(f'{given}, which would broadcast; use ' + (
-        f'target.reshape{tuple(pred.shape)}' if target.numel() == pred.numel() else
-        'equal shapes, or cross_entropy for classes'))
+    if target.shape != pred.shape: raise ValueError(
+        f'{given}, which would broadcast; use equal shapes, or cross_entropy for classes')
     if not target.is_floating_point():
         warn_once(owner, 'whole', f'{given}; use cross_entropy for classes, or target.float()')
     if options.get('reduction') == 'none' or options.get('weight') is not None: return # A mask
     if not target.isfinite().all(): raise ValueError(f'{given} with NaN or inf in it; clean it')
     if given.startswith('binary') and not 0 <= target.min() <= target.max() <= 1:
         raise ValueError(f'{given} that goes beyond 0 and 1; rescale it')
+
+# %% ../nbs/03b_sanity.ipynb #3c6d0655
 def _check_classes(given: str, options: Any, pred: Tensor, target: Tensor, owner: Any) -> None:
     dim = min(pred.ndim, 2) - 1
     def off(shares: Tensor) -> float: return float((shares.sum(dim) - 1).abs().max())
+    if pred.ndim > 2 and target.shape == pred.shape[:-1] != pred.select(1, 0).shape:
+        raise ValueError(f'{given}; classes belong in dimension 1: use pred.movedim(-1, 1)')
     if dim < 0 or pred.shape[dim] < 2:
         raise ValueError(f'{given}; for yes or no use binary_cross_entropy_with_logits')
     if given.startswith('nll') and pred.max() > .01:

@@ -7,18 +7,20 @@ __all__ = ['format_number', 'Table', 'in_jupyter', 'Live', 'picture', 'Report', 
 
 # %% ../nbs/tools/show.ipynb #af06c36b
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from io import BytesIO
+from math import prod
 from typing import Any
 
 from tqdm import tqdm
 
 # %% ../nbs/tools/show.ipynb #5f9d4d16
 def format_number(
-    value: Any, # A number, a string, or `None` for nothing
-) -> str: # At most 9 characters for a number
+    value: Any, # A number, also of NumPy or PyTorch, a string, or `None` for nothing
+) -> str: # Usually at most 9 characters for a number
     "A number as people read it: four decimals, or an exponent where they would not do"
+    if hasattr(value, 'item') and prod(value.shape) == 1: value = value.item()
     if not isinstance(value, float): return '' if value is None else str(value)
     return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e4 else f'{value:.2e}'
 
@@ -42,18 +44,22 @@ class Table:
         return [names] + [[format_number(row.get(name)) for name in names] for row in self.rows]
 
     def lines(self) -> list[str]: # The header and the rows, aligned to the right
-        "The table as text; a header may be cut, a result never is"
+        "The table as text; a header may be cut in its middle, a result never is"
         header, *rows = self.cells()
         room = (self.width + 1) // max(len(header), 1) - 1
         least = [max([8, *map(len, column)]) for column in zip(*rows)]
         widths = [max(n, min(len(name), room)) for name, n in zip(header, least)]
-        names = [name if len(name) <= n else name[:n - 1] + '…' for name, n in zip(header, widths)]
+        names = [name if len(name) <= n else f'{name[:n // 2]}…{name[n // 2 + 1 - n:]}'
+                 for name, n in zip(header, widths)]
         return [' '.join(c.rjust(n) for c, n in zip(line, widths)) for line in (names, *rows)]
 
     def __repr__(self) -> str: return '\n'.join([*self.lines(), *[self.status] * bool(self.status)])
 
     def _repr_html_(self) -> str:
-        def row(cells, tag): return ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in cells)
+        text = [any(isinstance(r.get(name), str) for r in self.rows) for name in self.names()]
+        sides = [' style="text-align: left"' if t else '' for t in text]
+        def row(cells, tag):
+            return ''.join(f'<{tag}{s}>{escape(c)}</{tag}>' for c, s in zip(cells, sides))
         header, *rows = self.cells()
         status = f'<p>{escape(self.status)}</p>' if self.status else ''
         head, body = row(header, 'th'), ''.join(f'<tr>{row(r, "td")}</tr>' for r in rows)
@@ -142,16 +148,23 @@ class Verdict(dict[str, Any]):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return {'text/plain': repr(self), 'application/vnd.dlfound.verdict+json': dict(self)}
 
+def _is_truth(x: Any) -> bool: # Also of NumPy and PyTorch
+    return isinstance(x, bool) or getattr(x, 'shape', None) == () and 'bool' in str(x.dtype)
+
 def verdict(
     *,
     paper: str, # Authors and year
     claim: str, # What it says, in our words
     theirs: Any, # Their figure
     ours: Any, # Ours
-    holds: bool | Sequence[bool], # Does it hold? Of several conditions some may
+    holds: Any, # Does it hold? `True` or `False`; or several conditions, by name or in a row
 ) -> Verdict: # *reproduced* if all hold, *in part* if some do, otherwise *not at this scale*
     "Say how a paper's claim fared, by conditions that the cell's own numbers decide"
-    found = [bool(h) for h in (holds if isinstance(holds, (list, tuple)) else [holds])]
+    if isinstance(holds, Mapping): holds = holds.values()
+    single = not isinstance(holds, Iterable) or getattr(holds, 'shape', None) == ()
+    found = [holds] if single else [*holds]
     if not found: raise ValueError('a verdict needs at least one condition, got none')
+    for h in found:
+        if not _is_truth(h): raise TypeError(f'a condition is True or False, got {h!r}; compare it')
     word = 'reproduced' if all(found) else 'in part' if any(found) else 'not at this scale'
     return Verdict(verdict=word, paper=paper, claim=claim, theirs=str(theirs), ours=str(ours))

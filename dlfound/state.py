@@ -8,7 +8,7 @@ __all__ = ['map_tensors', 'module_state', 'load_module_state', 'load_opt_state',
 
 # %% ../nbs/tools/state.ipynb #8c5006b3
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -22,11 +22,11 @@ def map_tensors(
     f: Callable[[Any], Any], # Gives what is to stand in a tensor's place
     x: Any, # Tensors in tuples, lists and dicts of any depth; all else stays as it is
     method: str = '', # Whatever has a method of this name, such as 'to', counts as a tensor
-) -> Any: # Like `x`, in the same classes
+) -> Any: # Like `x`, in the same classes; a mapping that does not say how to copy it, a dict
     "Apply `f` to every tensor of a structure"
     if isinstance(x, Tensor) or method and hasattr(type(x), method): return f(x)
     if isinstance(x, Mapping):
-        made: Any = copy(x) if isinstance(x, MutableMapping) else {}
+        made: Any = copy(x) if isinstance(x, dict) or hasattr(type(x), '__copy__') else {}
         for k, v in x.items(): made[k] = map_tensors(f, v, method)
         return made
     if not isinstance(x, (tuple, list)): return x
@@ -41,17 +41,26 @@ def module_state(module: Any) -> dict[str, Any]: # By name; the tensors themselv
     buffers = dict(module.named_buffers(remove_duplicate=False))
     extra = {k: v for k, v in module.state_dict().items() if k.endswith('_extra_state')}
     return {k: t.detach() for k, t in (parameters | buffers).items()} | extra
+def _kind(x: Any) -> str: return 'missing' if x is None else f'{tuple(x.shape)} of {x.dtype}'
 @torch.no_grad()
 def load_module_state(module: Any, state: Mapping[str, Any]) -> None:
-    "Give a module the values that `module_state` had; tensors of that shape stay the same objects"
+    "Give a module what `module_state` had, in its own tensors; ValueError if it is another module"
+    if not isinstance(module, nn.Module): module = nn.Module() # Which has nothing
+    fixed = dict(module.named_parameters(remove_duplicate=False))
+    modules = module.named_modules(remove_duplicate=False)
+    free = {f'{path}.{k}'.lstrip('.') for path, m in modules for k in (*m._buffers, '_extra_state')}
+    for name in [name for name in (*fixed, *state) if name not in free]:
+        here, kept = (_kind(named.get(name)) for named in (fixed, state))
+        if here != kept:
+            raise ValueError(f'{name} is {here} here and {kept} in the state; build the same model')
     for name, value in state.items():
         path, _, leaf = name.rpartition('.')
         owner = module.get_submodule(path)
-        own = None if leaf == '_extra_state' else getattr(owner, leaf)
+        own = getattr(owner, leaf, None)
         if leaf == '_extra_state': owner.set_extra_state(value)
-        elif own is None or (own.shape, own.dtype) != (value.shape, value.dtype):
-            setattr(owner, leaf, value.to(getattr(own, 'device', value.device), copy=True))
-        elif own.stride() != value.stride(): own.data = value.to(own.device, copy=True)
+        elif own is None: setattr(owner, leaf, value.clone())
+        elif _kind(own) != _kind(value) or own.stride() != value.stride():
+            own.data = value.to(own.device, copy=True)
         else: own.copy_(value)
 
 # %% ../nbs/tools/state.ipynb #a323f969
@@ -61,8 +70,7 @@ def load_opt_state(opt: Any, state: Mapping[str, Any]) -> None:
     opt.load_state_dict(state)
     if not isinstance(opt, torch.optim.Optimizer): return
     params = [p for group in opt.param_groups for p in group['params']]
-    numbers = [i for group in state['param_groups'] for i in group['params']]
-    for p, i in zip(params, numbers):
+    for i, p in enumerate(params): # As a state dict numbers them
         for k, v in state['state'].get(i, {}).items():
             if isinstance(v, Tensor): opt.state[p][k] = v.to(opt.state[p][k].device)
 
@@ -84,22 +92,23 @@ def _sources(owners: Sequence[Any]) -> list[Any]:
     kinds = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
     held = [x for o in owners for x in (o, *getattr(o, '__dict__', {}).values())]
     return found + list({id(x): x for x in held if isinstance(x, kinds)}.values())
+_calls = 'state', '_rng_state', '_state' # After get or set: in random, in torch, in NumPy
+def _get(s: Any) -> Any: # `None` of an accelerator that is not there, or that nobody has used
+    if isinstance(s, np.random.Generator): return s.bit_generator.state
+    if not getattr(s, 'is_initialized', lambda: True)(): return None
+    return next((getattr(s, f'get{c}')() for c in _calls if hasattr(s, f'get{c}')), None)
+def _set(s: Any, new: Any) -> None:
+    if isinstance(s, np.random.Generator): s.bit_generator.state = new
+    elif new is not None: next(getattr(s, f'set{c}') for c in _calls if hasattr(s, f'set{c}'))(new)
 def random_state(*owners: Any) -> list[Any]: # One for each generator
     "The states of the global generators, and of those that `owners` or their samplers are or have"
-    names = 'getstate', 'get_rng_state', 'get_state'
-    return [s.bit_generator.state if isinstance(s, np.random.Generator) else
-            next((getattr(s, name)() for name in names if hasattr(s, name)), None)
-            if getattr(s, 'is_initialized', lambda: True)() else None for s in _sources(owners)]
+    return [_get(s) for s in _sources(owners)]
 def set_random_state(states: Sequence[Any], *owners: Any) -> None:
     "Put generators where `random_state` found those of the same owners; ValueError for others"
-    sources = _sources(owners)
-    if len(sources) != len(states):
-        raise ValueError(f'there are {len(sources)} random generators and were {len(states)}; '
-                         'give the same loaders and samplers')
-    names = 'setstate', 'set_rng_state', 'set_state'
-    for s, state in zip(sources, states):
-        if isinstance(s, np.random.Generator): s.bit_generator.state = state
-        elif state is not None: next(getattr(s, name) for name in names if hasattr(s, name))(state)
+    found = _sources(owners)
+    if len(found) != len(states):
+        raise ValueError(f'{len(states)} states for {len(found)} generators; give the same loaders')
+    for s, state in zip(found, states): _set(s, state)
 
 @contextmanager
 def random_kept(*owners: Any) -> Iterator[None]:

@@ -57,7 +57,12 @@ class RunningStats:
         return self
 
     def merge(self, other: 'RunningStats') -> Self: # `other` is left as it is
-        "Take in all that `other` has seen; ValueError if its statistics have another shape"
+        "Take in all that `other` has seen; ValueError for another `dim` or another shape"
+        if not isinstance(other, RunningStats):
+            raise TypeError(f'merge takes RunningStats, got {type(other).__name__}; use update')
+        if self.dim != other.dim:
+            raise ValueError(f'statistics over dim {self.dim} cannot be merged with those over dim '
+                             f'{other.dim}; give both the same')
         self._seen = _merged(self._seen, other._seen)
         return self
 

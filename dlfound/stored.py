@@ -31,7 +31,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]: # Where to write
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f'.{target.name}.{os.getpid()}.part')
     part.touch()
-    mode = part.stat().st_mode
+    mode = (target if target.exists() else part).stat().st_mode
     try:
         yield part
         part.chmod(mode) # Whatever wrote it may have made it private
@@ -55,13 +55,14 @@ def _names(code: CodeType, op: str, deep: bool = False) -> set[str]: # `op` is L
     return own.union(*(_names(c, op, deep) for c in inner))
 
 def code_hash(
-    cells: Sequence[str], # Sources, in order; what is no Python, such as magics, is left out
+    cells: Sequence[str], # Sources, in order; lines that begin with % or ! are left out
     name: str, # A function that some cell defines
 ) -> str: # Twelve hexadecimal digits
     "A hash of what a function and all that it reaches in these cells says, whatever its comments"
     defined: dict[str, list[Any]] = {} # The statements that set a name
     for cell in cells:
-        try: body = [(n, compile(ast.Module([n], []), '', 'exec')) for n in ast.parse(cell).body]
+        text = '\n'.join(line for line in cell.split('\n') if line[:1] not in ('%', '!'))
+        try: body = [(n, compile(ast.Module([n], []), '', 'exec')) for n in ast.parse(text).body]
         except SyntaxError: continue
         for node, code in body:
             if isinstance(node, (ast.Import, ast.ImportFrom)): continue
@@ -82,7 +83,6 @@ class Stored:
     def __init__(self, name: str, file: dict[str, Any], live: Any):
         self.name, self.file, self.kept, self.live = name, file, file['result'], live
     def __repr__(self) -> str:
-        "Where the result comes from"
         text = '{name}: computed in {seconds} s on {device} with torch {torch}'
         if any(used().values()): text += ', on the real data ({data}); this page has a stand-in'
         return text.format(name=self.name, **self.file)

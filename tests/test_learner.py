@@ -81,6 +81,35 @@ def test_nested_predictions():
     assert torch.equal(alone.hidden['h'][1], x[0] * 2) and alone.logits.shape == (3,)
 
 
+class Heads(nn.Module):
+    "Two inputs, and a list of two outputs"
+    def __init__(self):
+        super().__init__()
+        self.fc = net()
+    def forward(self, a, b): return [self.fc(a), self.fc(a + b)[:, :2]]
+
+
+def test_one_sample_of_two_inputs_and_two_heads():
+    data = [(x, x * 2, y) for x, y in batches(5)]
+    learn = Learner(DataLoaders(data, data), Heads(), lambda p, t: F.cross_entropy(p[0], t))
+    one, other = learn.predict((data[0][0][0], data[0][1][0]))
+    assert one.shape == (3,) and other.shape == (2,)
+    torch.testing.assert_close([one, other], [p[0] for p in learn.get_preds()[0]])
+
+
+def test_metric_objects_are_left_alone_by_predictions():
+    class Count:
+        n = 0
+        def reset(self): self.n = 0
+        def update(self, pred, target): self.n += len(target)
+        def compute(self): return self.n
+    learn = learner(metrics=(count := Count()))
+    learn.validate()
+    learn.get_preds()
+    learn.predict(torch.zeros(6))
+    assert count.n == 6 and learn.validate()['Count'] == 6
+
+
 class Detector(nn.Module):
     "One dict for each image, as torchvision's detectors give"
     def forward(self, images):
@@ -164,8 +193,10 @@ def loaders(*data): return DataLoaders(list(data) or [(x, y)])
     (lambda: Learner(([(x, y)], [(x, y)]), three(), F.cross_entropy), TypeError, r'DataLoaders\(train, valid\)'),
     (lambda: Learner([(x, y)], three(), F.cross_entropy), TypeError, r'DataLoaders\(train, valid\)'),
     (lambda: Learner(DataLoaders(Dataset(x, y)), three(), F.cross_entropy), TypeError, 'from_datasets'),
+    (lambda: Learner(DataLoaders([(x, y)], Dataset(x, y)), three(), F.cross_entropy), TypeError, 'from_datasets'),
     (lambda: Learner(loaders(), lambda x: x, F.cross_entropy), TypeError, 'nn.Module'),
-    (lambda: Learner(loaders(), nn.Linear, F.cross_entropy), TypeError, 'nn.Module'),
+    (lambda: Learner(loaders(), nn.Linear, F.cross_entropy), TypeError, r'nn.Module object, such as Net\(\)'),
+    (lambda: Learner(loaders(), three(), 'cross_entropy'), TypeError, 'called with predictions and targets'),
     (lambda: Learner(loaders(), three(), nn.CrossEntropyLoss), TypeError, r'CrossEntropyLoss\(\)'),
     (lambda: Learner(loaders(), m := three(), F.cross_entropy, torch.optim.Adam(m.parameters())), TypeError,
      'learn.opt'),
@@ -178,6 +209,24 @@ def test_the_first_mistakes_get_an_answer(make, error, message):
     with pytest.raises(error) as info: make()
     told = ' '.join([str(info.value), *getattr(info.value, '__notes__', [])])
     assert re.search(message, told), told
+
+
+def test_the_layer_names_what_it_was_given_and_nothing_else():
+    "No weights that it hands on, no values of its own, and no note where no layer is found"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3)
+        def forward(self, x):
+            flat = x.flatten(1)
+            return self.conv(x) if x.shape[1] > 1 else flat @ flat
+    for given, wanted in (((2, 3, 8, 8), 'layer conv, a Conv2d'), ((2, 1, 8, 8), 'the model, a Net')):
+        with pytest.raises(RuntimeError) as info: Learner(loaders((torch.zeros(given), y[:2])), Net(), None).get_preds(
+            [(torch.zeros(given),)])
+        note, = info.value.__notes__
+        assert note.startswith(f'(in {wanted} with') and note.endswith(f'which got [{given}])')
+    with pytest.raises(TypeError) as info: Learner(loaders(x), three(), F.cross_entropy).fit(1)
+    assert '' not in getattr(info.value, '__notes__', [])
 
 
 def test_what_is_no_mistake():

@@ -147,6 +147,15 @@ def test_start_methods(start):
         assert with_worker == flat(make(generator=gen(1), seeded=True))
 
 
+def test_persistent_workers_end_with_their_loader():
+    import multiprocessing
+    dl = noisy(num_workers=1, persistent_workers=True)
+    list(dl)
+    assert multiprocessing.active_children()
+    del dl
+    assert not multiprocessing.active_children()
+
+
 def test_persistent_workers():
     alone, kept = noisy(generator=gen(1), seeded=True), noisy(num_workers=2, generator=gen(1), persistent_workers=True)
     for _ in range(3): assert flat(alone) == flat(kept)
@@ -254,6 +263,13 @@ def test_resume_from_any_batch(case, workers):
     assert flat(loader) == flat(again)
 
 
+@pytest.mark.parametrize('kw', [{}, dict(seeded=True), dict(num_workers=1)], ids=str)
+def test_length_from_a_batch_on(kw):
+    for ds in small, Noisy(10):
+        for start, left in (0, 3), (2, 1), (5, 0): assert len(DataLoader(ds, 4, **kw).batches(start)) == left
+        with pytest.raises(ValueError, match='from 0 on, got -1'): DataLoader(ds, 4, **kw).batches(-1)
+
+
 def test_what_is_skipped_is_not_made():
     for seeded in True, False:
         dl = DataLoader(Failing(ValueError('no'), bad=0), 2, seeded=seeded)
@@ -276,6 +292,10 @@ def test_open_batches_ends_workers():
             next(batches)
             raise KeyError
         assert not multiprocessing.active_children()
+    bad = Failing(KeyError(), bad=0)
+    for dl in theirs.DataLoader(bad, 2, num_workers=2), DataLoader(bad, 2, num_workers=2, seeded=False):
+        with pytest.raises(KeyError) as kept_error, open_batches(dl, 1): pass
+        assert kept_error and not multiprocessing.active_children()
     kept = DataLoader(small, 2, num_workers=1, persistent_workers=True)
     for _ in range(2):
         with open_batches(kept) as batches: next(batches)
@@ -308,9 +328,10 @@ def test_equals_torch(n, size, shuffle, drop, seed, shape, x, wrap):
             assert all(torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(p, q, strict=True))
 
 
-def test_same_seed_generator_gives_torchs_order():
-    a, b = (flat(kind(small, 6, shuffle=True, generator=gen(8))) for kind in (DataLoader, theirs.DataLoader))
-    assert a == b
+@pytest.mark.parametrize('kw', [{}, dict(drop_last=True)], ids=str)
+def test_same_seed_generator_gives_torchs_order(kw):
+    a, b = (kind(small, 6, shuffle=True, generator=gen(8), **kw) for kind in (DataLoader, theirs.DataLoader))
+    for _ in range(3): assert flat(a) == flat(b)
 
 
 def test_unseeded_samples_draw_as_torchs_do():
@@ -429,6 +450,20 @@ def test_errors_show_their_own_traceback(error, workers):
 @pytest.mark.parametrize('kw', [{}, dict(seeded=True), dict(num_workers=1)], ids=str)
 def test_stop_iteration_does_not_end_the_epoch(kw):
     with pytest.raises(RuntimeError, match='StopIteration'): list(DataLoader(Failing(StopIteration()), 2, **kw))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_stop_iteration_in_a_part_or_in_single_samples(workers):
+    bad = Failing(StopIteration())
+    for dl in (DataLoader(theirs.Subset(bad, range(6)), 2, num_workers=workers),
+               DataLoader(bad, None, num_workers=workers)):
+        with pytest.raises(RuntimeError, match='StopIteration'): list(dl)
+
+
+def test_the_sample_of_a_part_is_named():
+    for part in theirs.Subset(Failing(KeyError()), [1, 3]), theirs.Subset(theirs.Subset(Failing(KeyError()), [3]), [0]):
+        with pytest.raises(KeyError) as e: list(DataLoader(part, 2))
+        assert e.value.__notes__ == ['(sample 3 of the data set)']
 
 
 def test_an_error_in_collate_fn():

@@ -4,14 +4,16 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
 from loops import at, batches, learner, loss_func, net
 from torch import nn
+from torch.nn import functional as F
 
 from dlfound.learner import DataLoaders, Learner, Metric, Metrics, Progress, Recorder
-from dlfound.metrics import concat
+from dlfound.metrics import concat, label_weight
 from dlfound.minibatch import accuracy
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
@@ -44,6 +46,10 @@ def test_two_heads_and_a_batch_of_two():
     assert [t.shape for t in concat(heads, [2, 2])] == [(4, 3), (4, 3)]
 
 
+def test_no_example_at_all():
+    assert concat([[]], [0]) == []
+
+
 @pytest.mark.parametrize('parts, sizes', [([torch.ones(3), torch.ones(3)], [4, 4]), ([torch.tensor(1.)] * 2, [4, 4]),
                                           ([[torch.ones(4), torch.ones(3)]], [4]), ([None], [4]), ([['a']], [2])])
 def test_results_are_counted_against_examples(parts, sizes):
@@ -69,6 +75,29 @@ def test_averages_take_the_weight():
     learn.fit(1)
     a, b = (accuracy(learn.model(x), y).item() for x, y in learn.dls.valid)
     assert learn.row['accuracy'] == pytest.approx((3 * a + b) / 4)
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(weight=torch.tensor([1., 50., 1.])),
+                                  nn.CrossEntropyLoss(reduction='sum'), nn.MSELoss(reduction='sum')], ids=str)
+def test_metrics_know_no_class_weights_and_no_sums(loss):
+    "The weight that is right for the loss, as check_weight advises it"
+    data, values = batches(7, 2), Metric(lambda p, t: p.sum() / len(p), 'values')
+    if isinstance(loss, nn.MSELoss): data = [(x, x[:, :3]) for x, _ in data]
+    def weight(learn): return label_weight(learn.loss_func, learn.target())
+    learn = Learner(DataLoaders(data, data), net(), loss, metrics=values, weight=weight)
+    got, x = learn.validate()['values'], torch.cat([x for x, _ in data])
+    assert got == pytest.approx(float(learn.model(x).sum() / 9), abs=1e-6)
+
+
+def test_a_batch_that_counts_nothing_is_left_out():
+    (x, y), (x2, y2) = batches(4, 4)
+    kept = Metric(lambda p, t: (p.argmax(1) == t)[t != -100].float().mean(), 'kept')
+    dls = DataLoaders([(x, y)], [(x, y), (x2, torch.full_like(y2, -100))])
+    def weight(learn): return label_weight(learn.loss_func, learn.target())
+    learn = Learner(dls, net(), F.cross_entropy, metrics=kept, weight=weight)
+    row = learn.validate()
+    assert row['valid_loss'] == pytest.approx(float(F.cross_entropy(learn.model(x), y)))
+    assert row['kept'] == pytest.approx(float(accuracy(learn.model(x), y)))
 
 
 def f1(p, t):
@@ -121,9 +150,21 @@ def test_metrics_need_validation_and_names_of_their_own():
     assert [set(r) for r in learn[Recorder].rows] == [{'epoch', 'train_loss'}] * 2
 
 
-@pytest.mark.parametrize('wrong', ['accuracy', ['accuracy'], 3, F1, [None]])
+class Half:
+    "An object that nothing can be asked of"
+    def update(self, pred, target): pass
+
+
+@pytest.mark.parametrize('wrong', ['accuracy', ['accuracy'], 3, F1, [None], [dict(a=accuracy)], [{1}], Half()])
 def test_what_is_no_metric(wrong):
-    with pytest.raises(TypeError, match='a metric is a function'): learner(metrics=wrong)
+    told = 'a metric is a function.*make an object' if wrong is F1 else 'a metric is a function.*pass the function'
+    with pytest.raises(TypeError, match=told): learner(metrics=wrong)
+
+
+def test_names_and_shapes_of_metrics():
+    assert Metric(partial(f1, t=5)).name == 'f1'
+    learn = learner(metrics=Metric(lambda p, t: accuracy(p, t)[None], 'one'))
+    assert learn.validate()['one'] == pytest.approx(learn.validate(cbs=Metrics(accuracy))['accuracy'])
 
 
 def test_numbers_that_are_none():
@@ -152,6 +193,25 @@ def test_learning_rates_are_those_of_the_steps():
     learn.opt.register_step_pre_hook(lambda opt, *_: used.append(opt.param_groups[0]['lr']))
     learn.fit(1, cbs=at('after_step', lambda learn: scheduler.step()))
     assert learn[Recorder].lrs == used == pytest.approx([.1 * .5**i for i in range(5)])
+
+
+def test_the_learning_rate_is_that_of_the_last_group():
+    learn = learner(opt=lambda p, lr: torch.optim.SGD([dict(params=[q], lr=lr * (1 + (q.ndim < 2))) for q in p]))
+    learn.fit(1, lr=.05)
+    assert learn[Recorder].lrs == pytest.approx([.05] * 3) and learn.opt.param_groups[0]['lr'] != .05
+
+
+def test_parts_that_are_no_numbers_are_left_out():
+    def parts(p, t): return dict(loss=F.cross_entropy(p, t), logits=p, none=None, one=p.mean()[None], two=2)
+    learn = learner(loss=parts)
+    learn.fit(1)
+    assert set(learn.row) == {f'{k}_{name}' for k in ('train', 'valid') for name in ('loss', 'one', 'two')}
+
+
+def test_losses_are_numbers_after_an_epoch():
+    learn = learner()
+    learn.fit(1)
+    assert all(type(v) is float for v in learn[Recorder].seen)
 
 
 def test_the_record_comes_back():
@@ -195,7 +255,7 @@ columns = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
 def check_table(lines):
     assert lines[0].split() == columns and [line.split()[0] for line in lines[1:]] == ['0', '1', '2'], lines
     assert all(len(line) <= 80 for line in lines)
-    assert all(re.fullmatch(r'0:0\d', line.split()[-1]) for line in lines[1:])
+    assert all(re.fullmatch(r'\d\.\ds', line.split()[-1]) for line in lines[1:])
 
 
 def test_progress_in_a_pipe_is_plain_lines():
@@ -241,6 +301,21 @@ def test_progress_on_a_page_leaves_one_table(plot):
     assert len(tables) == 1 and len(pictures) == plot and len(outputs) == 1 + plot, kinds
     assert 'batch' not in tables[0]['data']['text/html']
     check_table(tables[0]['data']['text/plain'].splitlines())
+
+
+def test_a_plot_needs_a_recorder():
+    learn = learner(cbs=Progress(plot=True))
+    learn.remove_cb(Recorder)
+    with pytest.raises(ValueError, match='plot=True needs a Recorder'): learn.fit(1)
+
+
+def test_the_time_of_an_epoch(monkeypatch):
+    for seconds, shown in (.26, '0.3s'), (59.97, '1:00'), (119.9, '1:59'), (3661, '61:01'):
+        learn = learner()
+        def late(learn, seconds=seconds): learn[Progress].began -= seconds
+        monkeypatch.setattr('time.monotonic', lambda: 0.)
+        learn.fit(1, cbs=at('after_validate', late))
+        assert learn[Progress].report.table.rows[0]['time'] == shown
 
 
 def test_no_progress(capsys):

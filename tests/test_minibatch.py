@@ -150,15 +150,36 @@ def test_masked_logits_have_gradients():
 
 
 @pytest.mark.parametrize('x, target, error, message', [
-    (torch.ones(2, 3), torch.tensor([0]), ValueError, r'\(2,\) are needed, got \(1,\)'),
+    (torch.ones(2, 3), torch.tensor([0]), ValueError, r'\[2\] are needed, got \[1\]'),
     (torch.ones(2, 3), torch.tensor([[0], [1]]), ValueError, 'squeeze'),
-    (torch.ones(2, 4, 3), torch.zeros(2, 4).long(), ValueError, r'\(2, 3\) are needed'),
-    (torch.ones(2, 3), torch.tensor([0, 3]), ValueError, r'from 0 to 2, got \[0, 3\]'),
-    (torch.ones(2, 3), torch.tensor([0, -1]), ValueError, r'got \[-1, 0\].*ignore_index'),
+    (torch.ones(2, 4, 3), torch.zeros(2, 4).long(), ValueError, r'\[2, 3\] are needed'),
+    (torch.ones(2, 3), torch.ones(2, 3), ValueError, 'argmax'),
+    (torch.ones(2, 3), torch.tensor([0, 3]), ValueError, r'from 0 to 2, got \[3\]'),
+    (torch.ones(2, 3), torch.tensor([0, -1]), ValueError, r'got \[-1\].*ignore_index'),
     (torch.ones(2, 3), torch.tensor([0., 1.]), TypeError, 'float32.*long'),
     (torch.ones(2, 3), torch.tensor([True, False]), TypeError, 'bool')])
 def test_unfit_labels(x, target, error, message):
     with pytest.raises(error, match=message): cross_entropy(x, target)
+
+
+def test_a_few_wrong_labels_are_named():
+    with pytest.raises(ValueError, match=r'got \[3, 4, 5, 6, 7\]'): cross_entropy(torch.ones(99, 3), torch.arange(99))
+
+
+@pytest.mark.parametrize('kind', [torch.uint8, torch.int8])
+def test_the_ignored_label_does_not_wrap(kind):
+    "-100 is 156 in uint8, and 156 is -100 in int8"
+    x, target = torch.randn(3, 200), torch.tensor([156, 1, 2]).to(torch.uint8)
+    wanted = F.cross_entropy(x, target.long(), reduction='none')
+    assert_close(cross_entropy(x, target, reduction='none'), wanted)
+    if kind == torch.int8: assert cross_entropy(x, target.to(kind), reduction='none')[0] == 0
+
+
+@pytest.mark.parametrize('kind', [torch.int64, torch.int8, torch.bool])
+def test_scores_are_floats(kind):
+    x = torch.tensor([[1, 0, 1]]).to(kind)
+    for f in logsumexp, log_softmax, lambda x: cross_entropy(x, torch.tensor([0])):
+        with pytest.raises(TypeError, match=r'scores are floats.*x\.float'): f(x)
 
 
 @given(rest=st.lists(st.integers(1, 4), max_size=3).map(tuple), classes=st.integers(1, 5), seed=seeds)
@@ -189,6 +210,11 @@ def test_bad_batch_size():
         with pytest.raises(ValueError, match='at least 1'): BatchSampler([1], size)
 
 
+def test_sampler_with_a_generator_goes_on_as_pytorchs():
+    ours, peer = Sampler(range(9), True, gen(3)), theirs.RandomSampler(range(9), generator=gen(3))
+    for _ in range(3): assert list(ours) == list(peer)
+
+
 def test_sampler_reads_the_length_anew():
     data = [1, 2]
     s = Sampler(data)
@@ -210,6 +236,13 @@ def test_several_at_once_are_the_samples(positions):
     assert len(rows) == len(positions)
     for row, i in zip(rows, positions): assert all(map(torch.equal, row, ds[i]))
     if len(positions): assert all(map(torch.equal, collate(rows), theirs.default_collate(rows)))
+
+
+@pytest.mark.parametrize('kind', [np.int8, np.int32, np.uint8])
+def test_positions_of_any_whole_type(kind):
+    ds = Dataset(torch.arange(200), torch.arange(200))
+    last = -1 if np.issubdtype(kind, np.signedinteger) else 199
+    assert ds.__getitems__(np.array([1, last], kind)).batch[0].tolist() == [1, 199]
 
 
 @pytest.mark.parametrize('positions', [[True, False], [.5, 1.]])
@@ -239,6 +272,21 @@ def test_a_subclass_that_changes_samples_is_asked_for_each():
     class Fast(Negated):
         def __getitems__(self, positions): return [self[i] for i in positions]
     assert Fast(torch.ones(2), torch.ones(2)).__getitems__([0])[0][0] == -1
+    class Back(Fast):
+        def __getitem__(self, i): return self.x[i], self.y[i]
+    assert not Back.__getitems__
+
+
+def test_a_mixin_is_not_passed_over():
+    class Mix:
+        def __init_subclass__(cls, tag):
+            super().__init_subclass__()
+            cls.tag = tag
+        def __getitem__(self, i): return -super().__getitem__(i)[0], i
+    class Mixed(Mix, Dataset, tag='a'): pass
+    assert not Mixed.__getitems__
+    class Both(Dataset, Mix, tag='b'): pass
+    assert Both.__getitems__ and Both.tag == 'b'
 
 
 Pair = namedtuple('Pair', 'a b')

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict, namedtuple
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import dlfound.sanity as sanity
 from dlfound import minibatch
@@ -24,7 +26,8 @@ from dlfound.loader import DataLoader
 from dlfound.minibatch import Dataset
 from dlfound.sanity import (SanityWarning, check_dead, check_finite, check_first_loss, check_grads, check_hidden_state,
                             check_inputs, check_loader, check_lr, check_optimizer, check_target, check_trainable,
-                            check_training, check_zeroed, dead_units, finite, first_nonfinite, overfit_batch)
+                            check_training, check_zeroed, dead_units, finite, first_nonfinite, known_loss,
+                            overfit_batch)
 
 inf, nan = math.inf, math.nan
 quick = settings(deadline=None, max_examples=150)
@@ -110,11 +113,11 @@ def test_loader(kind):
     data = Dataset(torch.ones(10, 2), torch.ones(10))
     for dl in (kind(data, 4), kind(data, 10, drop_last=True), kind(data, None), iter([1]), [1],
                kind(data, batch_sampler=[[1]]), None, (i for i in 'a')): check_loader(dl)
-    with pytest.raises(ValueError, match='valid is empty.*drop_last.*lower batch_size'):
+    with pytest.raises(ValueError, match='valid is empty.*lower batch_size if drop_last'):
         check_loader(kind(data, 64, drop_last=True), 'valid')
     empty = Dataset(torch.ones(0, 2), torch.ones(0))
     for dl in kind(empty, 4), [], kind(data, 4, sampler=[]), kind(data, batch_sampler=[]):
-        with pytest.raises(ValueError, match='no samples'): check_loader(dl)
+        with pytest.raises(ValueError, match='is empty'): check_loader(dl)
 
 
 # The optimizer
@@ -135,7 +138,7 @@ def test_optimizer_of_the_model():
 def test_optimizer_of_another_model():
     model = net()
     for other in net(), copy.deepcopy(model):
-        with pytest.raises(ValueError, match='the optimizer lacks 0.weight.*make it last'):
+        with pytest.raises(ValueError, match='the optimizer lacks 0.weight.*after all layers'):
             check_optimizer(torch.optim.SGD(other.parameters(), .1), model)
     with pytest.raises(ValueError, match='frozen'):
         check_optimizer(torch.optim.SGD(model.parameters(), .1), copy.deepcopy(model).requires_grad_(False))
@@ -196,6 +199,14 @@ def test_inputs_that_are_not():
         with told() as texts:
             for _ in range(2): check_inputs(x, owner)
         assert len(texts) == 1 and 'NaN or infinite' in texts[0]
+
+
+def test_inputs_of_no_dimension_or_an_offset():
+    with told() as texts: check_inputs(torch.tensor(0.))
+    assert len(texts) == 1
+    for offset, n in (1, 0), (1.3, 1), (-1.3, 1):
+        with told() as texts: check_inputs(torch.randn(64, 784, generator=gen(0)) + offset)
+        assert len(texts) == n
 
 
 def test_warnings_are_once_for_each_owner():
@@ -314,13 +325,22 @@ def test_targets_that_are_masked_may_be_anything():
         check_target(nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), pred, target)
 
 
-def test_column_against_list():
-    with pytest.raises(ValueError, match=r'\(8, 1\) and a .*\(8,\).*target\.reshape\(8, 1\)'):
+def test_column_against_vector():
+    with pytest.raises(ValueError, match=r'\(8, 1\) and a .*\(8,\).*use equal shapes'):
         check_target(F.mse_loss, torch.ones(8, 1), torch.ones(8))
     with pytest.raises(ValueError, match='for yes or no'):
         check_target(F.cross_entropy, torch.ones(8, 1), torch.zeros(8).long())
     with pytest.raises(ValueError, match='argmax'):
         check_target(F.cross_entropy, torch.randn(8, 3), torch.ones(8, 3).long())
+
+
+@pytest.mark.parametrize('f', class_losses + nll_losses)
+def test_classes_that_come_last(f):
+    for steps in 7, 1:
+        pred, target = torch.randn(4, steps, 100).log_softmax(-1), torch.randint(100, (4, steps))
+        with pytest.raises(ValueError, match=r'dimension 1: use pred\.movedim\(-1, 1\)'): check_target(f, pred, target)
+        with silent(): check_target(f, pred.movedim(-1, 1), target)
+    with silent(): check_target(f, torch.randn(4, 7, 7).log_softmax(1), torch.randint(7, (4, 7)))
 
 
 def test_scores_that_are_something_else():
@@ -344,6 +364,22 @@ def test_unknown_losses_pass(f):
     with silent():
         check_target(f, torch.ones(4, 1), torch.ones(4))
         check_first_loss(f, torch.ones(4, 3), torch.tensor(1e9))
+
+
+@dataclass
+class Scaled:
+    "A loss with options, which like every dataclass that can be compared has no hash"
+    scale: float = 2.
+    def __call__(self, pred, target): return self.scale * (pred - target).abs().mean()
+
+
+def test_losses_without_a_hash_pass():
+    assert known_loss(Scaled()) == known_loss(partial(Scaled())) == ('', {})
+    with silent():
+        check_target(Scaled(), torch.ones(4, 1), torch.ones(4))
+        check_first_loss(Scaled(), torch.ones(4, 3), torch.tensor(1e9))
+    weight = torch.ones(3)
+    assert known_loss(nn.CrossEntropyLoss(weight=weight))[1]['weight'] is weight
 
 
 def test_known_losses_with_strange_arguments_pass():
@@ -424,7 +460,7 @@ def test_training():
     with silent(): check_training(model)
     model[1].eval() # Frozen statistics are common practice
     with silent(): check_training(model)
-    for place, word in ((3, '3 left in eval'), (None, '1, 3 left in eval')):
+    for place, word in ((3, 'left in eval: 3;'), (None, 'left in eval: 1, 3;')):
         model = net()
         (model if place is None else model[place]).eval()
         with told() as texts:
@@ -434,7 +470,7 @@ def test_training():
     with silent(): check_training(model)
     model[2].eval()
     with told() as texts: check_training(model)
-    assert len(texts) == 1 and texts[0].startswith('2 left')
+    assert len(texts) == 1 and 'left in eval: 2;' in texts[0]
     for layer in (nn.LSTM(4, 4, 2, dropout=.5), nn.MultiheadAttention(4, 2, dropout=.5),
                   nn.TransformerEncoderLayer(4, 2, 8)):
         layer.eval()
@@ -466,6 +502,28 @@ def test_hidden_state():
     with silent(): check_hidden_state(old), check_hidden_state(net())
 
 
+def test_hidden_state_in_tuples_and_lists():
+    model = nn.LSTM(4, 8)
+    for h in (torch.ones(2), torch.ones(2)), [{'h': torch.ones(2)}], [None, (torch.ones(2),)]:
+        model.h = h
+        with told() as texts: check_hidden_state(model)
+        assert len(texts) == 1 and texts[0].startswith('h is not saved')
+    model.h = (nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True) * 2, 'text', None)
+    with silent(): check_hidden_state(model)
+
+
+@pytest.mark.parametrize('model, inputs', [
+    (nn.GRU(4, 4, 2), 1), (nn.MultiheadAttention(4, 2), 3), (nn.TransformerEncoderLayer(4, 2, 8), 1),
+    (nn.utils.spectral_norm(nn.Linear(4, 3)), 1), (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), 1),
+    (prune.l1_unstructured(nn.Linear(4, 3), 'weight', 2), 1)])
+def test_what_layers_compute_is_no_hidden_state(model, inputs):
+    old = nn.utils.weight_norm(nn.Linear(4, 3))
+    with torch.no_grad(), silent():
+        for m, n in (model, inputs), (model.eval(), inputs), (old, 1):
+            m(*[torch.randn(2, 3, 4)] * n)
+            check_hidden_state(m)
+
+
 # Numbers that are not finite
 
 class Many(nn.Module):
@@ -477,6 +535,7 @@ class Many(nn.Module):
 
 
 def test_first_nonfinite():
+    torch.manual_seed(0)
     model, x = net(), torch.randn(8, 8)
     with Traces(model): assert 'the model is finite' in first_nonfinite(model, x)
     for place, name in ((0, 'the weight 0.weight'), (4, 'the weight 4.weight')):
@@ -503,6 +562,19 @@ def test_first_nonfinite_in_structures():
     assert 'finite' in first_nonfinite(nn.Embedding(4, 2), torch.tensor([1]))
 
 
+def test_plain_attributes_come_back():
+    model, x = nn.Sequential(Stateful(), nn.ReLU()), torch.randn(8, 3, 4)
+    model(x)
+    model[0].pair = h, _ = model[0].h, [model[0].h]
+    for f in first_nonfinite, dead_units, check_dead:
+        with Traces(model): f(model, x)
+        assert model[0].h is h and model[0].pair[0] is h
+    model[1] = nn.Linear(1, 1) # Fails when the state has been replaced
+    for f in first_nonfinite, dead_units:
+        with pytest.raises(RuntimeError): f(model, x)
+        assert model[0].h is h
+
+
 def test_errors_in_forward_leave_no_trace():
     class Breaks(nn.Module):
         def forward(self, x): raise KeyError('mine')
@@ -522,7 +594,7 @@ def test_check_finite():
         for loss in torch.tensor(1.), 2., torch.ones(3): check_finite(loss, model, x, batch=3)
     with Traces(model), pytest.raises(FloatingPointError, match='nan in batch 7; it began in the target or the loss'):
         check_finite(torch.tensor(nan), model, x, batch=7)
-    with pytest.raises(FloatingPointError, match='inf in batch None; it began in the inputs'):
+    with pytest.raises(FloatingPointError, match=r'inf in batch \?; it began in the inputs'):
         check_finite(inf, model, x * inf)
     for wrong in (), (x, x):
         with Traces(model), pytest.raises(FloatingPointError, match='no layer can be named.*positional argument'):
@@ -578,6 +650,27 @@ def test_units_are_channels_after_a_convolution_and_the_last_dimension_after_a_l
     assert dead_units(nn.Sequential(layer, act(), nn.Dropout()), x) == {'1': dead / 8}
 
 
+class Second(nn.Module):
+    def forward(self, pair): return pair[0]
+
+
+@pytest.mark.parametrize('before, x', [
+    ([nn.GRU(4, 8, batch_first=True), Second()], torch.randn(5, 7, 4)),
+    ([nn.Embedding(9, 8)], torch.randint(9, (5, 7))),
+    ([nn.Conv2d(1, 8, 3), nn.LayerNorm((8, 6, 6))], torch.randn(5, 1, 8, 8)),
+    ([nn.Conv1d(1, 8, 3), nn.Flatten(0, 1), nn.Linear(6, 8), nn.LayerNorm(8)], torch.randn(5, 1, 8)),
+    ([nn.Conv1d(1, 8, 3), nn.Dropout(), nn.BatchNorm1d(8)], torch.randn(5, 1, 8))])
+def test_units_after_recurrent_layers_embeddings_and_norms(before, x):
+    seen = []
+    class Kill(nn.Module): # Unit 0, in the dimension of the 8 units
+        def forward(self, x):
+            seen.append(x)
+            alive = (torch.arange(8) > 0).view([8 if n == 8 else 1 for n in x.shape])
+            return (x.abs() + 1) * alive
+    assert dead_units(nn.Sequential(*before, Kill(), nn.ReLU()), x) == {str(len(before) + 1): 1 / 8}
+    assert list(seen[0].shape).count(8) == 1
+
+
 def test_other_activations():
     x = torch.randn(32, 4)
     for act in nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(), nn.PReLU(), nn.Identity(), nn.Softmax(-1):
@@ -621,6 +714,11 @@ def test_overfit_says_no(case):
     if case == 'nan': loss = lambda p, t: F.mse_loss(p, t) * nan
     if case == 'mean of a large target': y, loss = y + 100, lambda p, t: (p - t.squeeze(1)).square().mean()
     with pytest.raises(RuntimeError, match='by heart.*broadcast'): overfit_batch(model, loss, (x, y), lr=.01, steps=300)
+
+
+def test_overfit_of_a_batch_with_one_class():
+    with pytest.raises(RuntimeError, match='all its targets equal'):
+        overfit_batch(nn.Linear(8, 3), F.cross_entropy, (torch.randn(16, 8), torch.ones(16).long()), lr=.1)
 
 
 def test_overfit_of_other_kinds():
@@ -677,6 +775,11 @@ def test_warnings_are_given_once_whatever_the_filters_and_point_at_the_caller():
         warnings.filterwarnings('ignore', category=SanityWarning)
         check_training(third)
     assert not log
+
+
+def test_warnings_of_code_without_a_module():
+    with told() as texts: exec('check_inputs(x)', dict(check_inputs=check_inputs, x=torch.full((8, 8), 99.)))
+    assert len(texts) == 1
 
 
 def test_models_are_freed_by_counting_alone():

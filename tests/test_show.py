@@ -29,6 +29,27 @@ def test_results_are_whole_and_columns_aligned(rows, width):
     assert table._repr_html_().count('<tr>') == len(rows) + 1
 
 
+@pytest.mark.parametrize('value, text', [
+    (np.float32(.25), '0.2500'), (np.float64(1e-5), '1.00e-05'), (np.int64(3), '3'), (np.array([.5]), '0.5000'),
+    (torch.tensor(.25), '0.2500'), (torch.tensor([7]), '7'), (torch.tensor(.5, dtype=torch.bfloat16), '0.5000'),
+    (np.bool_(True), 'True'), (np.zeros(2), '[0. 0.]'), (torch.zeros(0), 'tensor([])')])
+def test_numbers_of_other_libraries(value, text):
+    assert format_number(value) == text
+
+
+def test_names_that_differ_at_one_end_differ_when_cut():
+    for form in 'valid_accuracy_of_{}', '{}_of_valid_accuracy':
+        table = Table()
+        table.rows.append({form.format(i): 1. for i in range(8)})
+        assert len(set(table.lines()[0].split())) == 8 and len(table.lines()[0]) <= 80
+
+
+def test_text_stands_on_the_left_of_a_page():
+    table = Table()
+    table.rows += [dict(name='a', n=1), dict(n=2)]
+    assert table._repr_html_().count('left') == 3 # Header and two rows
+
+
 def test_a_table_without_rows():
     assert repr(Table()) == '' and '<tbody></tbody>' in Table()._repr_html_()
 
@@ -65,7 +86,7 @@ def judge(holds): return verdict(paper='p', claim='c', theirs=1, ours=[2, 3], ho
 
 
 @pytest.mark.parametrize('yes, no', [
-    (True, False), (1, 0), (np.bool_(True), np.bool_(False)), (torch.tensor(True), torch.tensor(False)),
+    (True, False), (np.bool_(True), np.bool_(False)), (torch.tensor(True), torch.tensor(False)),
     (np.float64(2) > 1, np.float64(0) > 1)])
 def test_any_truth_will_do(yes, no):
     words = [judge(h)['verdict'] for h in (yes, [yes, yes], (yes, no), [no, no], no)]
@@ -79,6 +100,20 @@ def test_a_verdict_is_text_and_json():
     assert data['text/plain'] == repr(v) == 'in part: p, "c"; theirs: 1, ours: [2, 3]'
 
 
-@pytest.mark.parametrize('holds', [[], (), np.array([True, False])])
-def test_no_condition_and_many_in_one_are_refused(holds):
-    with pytest.raises(ValueError): judge(holds)
+@pytest.mark.parametrize('make', [
+    lambda hs: dict(enumerate(hs)), set, iter, lambda hs: (h for h in hs), np.array, torch.tensor])
+def test_conditions_in_anything_that_holds_them(make):
+    words = {(True,): 'reproduced', (False,): 'not at this scale', (True, False): 'in part'}
+    for holds, word in words.items():
+        assert judge(make(holds))['verdict'] == word
+
+
+@pytest.mark.parametrize('holds', [[], (), {}, np.array([], bool)])
+def test_no_condition_is_refused(holds):
+    with pytest.raises(ValueError, match='at least one'): judge(holds)
+
+
+@pytest.mark.parametrize('holds', ['no', 1, .3, None, ['no'], [1], [None], np.float64(2), torch.tensor(2.), {'a': 'b'},
+                                   [[True]]])
+def test_what_is_neither_true_nor_false_is_refused(holds):
+    with pytest.raises(TypeError, match='a condition is True or False, got'): judge(holds)

@@ -1,6 +1,7 @@
 "What is taken hold of comes back to the bit: tensors in any structure, modules, optimizers, modes, random generators."
 import random
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -99,6 +100,21 @@ def test_a_method_counts_where_it_is_named():
         assert type(map_tensors(lambda t: t, made, 'to')) is type(made)
 
 
+class Wrapped(MutableMapping):
+    "A mapping around a dictionary, which `copy` would share"
+    def __init__(self, d): self.d = d
+    def __getitem__(self, k): return self.d[k]
+    def __setitem__(self, k, v): self.d[k] = v
+    def __delitem__(self, k): del self.d[k]
+    def __iter__(self): return iter(self.d)
+    def __len__(self): return len(self.d)
+
+
+def test_a_mapping_that_wraps_another_is_left_alone():
+    x = Wrapped(dict(a=torch.zeros(1)))
+    assert plus(x) == dict(a=torch.ones(1)) and x['a'] == 0
+
+
 # Modules
 
 class Odd(nn.Module):
@@ -176,13 +192,29 @@ def test_the_layout_in_memory_comes_back(there, here):
     assert b.weight.abs().sum() > 0 # A copy
 
 
-def test_other_modules_are_refused():
-    state = module_state(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
-    for first in nn.Linear(2, 4), nn.Linear(2, 3).double():
-        other = nn.Sequential(first, nn.BatchNorm1d(3))
-        with pytest.raises(TypeError, match="parameter 'weight'"): load_module_state(other, state)
-    for other in nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), nn.Linear(2, 3):
-        with pytest.raises(AttributeError): load_module_state(other, state)
+def test_other_modules_are_refused_and_left_alone():
+    state = module_state(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    def ends(*layers): return nn.Sequential(nn.Linear(2, 3), *layers)
+    for other, match in [
+        (ends(nn.Linear(3, 4), nn.BatchNorm1d(4)), r'1.weight is \(4, 3\) .* here and \(3, 3\) .* in the state'),
+        (ends(nn.Linear(3, 3).double(), nn.BatchNorm1d(3)), '1.weight is .*float64 here and .*float32'),
+        (ends(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)), '1.bias is missing here'),
+        (ends(nn.Linear(3, 3)), '2.weight is missing here'),
+        (ends(nn.Linear(3, 3), nn.LayerNorm(3)), '2.running_mean is missing here'),
+        (ends(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), '3.weight .*and missing in the state'),
+        (nn.Linear(2, 3), 'weight is'), (F.relu, 'missing here'),
+    ]:
+        before = deepcopy(module_state(other))
+        with pytest.raises(ValueError, match=match): load_module_state(other, state)
+        assert_close(module_state(other), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match='0.weight .*and missing in the state'): load_module_state(ends(), {})
+
+
+def test_a_buffer_that_was_not_there_yet_may_stay():
+    net, early = Odd(), deepcopy(module_state(Odd()))
+    net(torch.ones(4, 3))
+    load_module_state(net, early)
+    assert 'late' not in early and net.late is not None and net.growing.shape == (0,)
 
 
 # Optimizers

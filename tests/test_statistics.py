@@ -173,6 +173,15 @@ def test_other_shapes_are_refused_and_change_nothing(first, then):
     assert stats.n == 5 and torch.equal(stats.mean, mean)
 
 
+def test_statistics_over_other_dimensions_are_refused_and_change_nothing():
+    x = torch.randn(3, 3)
+    stats = RunningStats(0).update(x)
+    with pytest.raises(ValueError, match='over dim 0 cannot be merged .* dim 1'): stats.merge(RunningStats(1).update(x))
+    for other in 3, x, None:
+        with pytest.raises(TypeError, match='merge takes RunningStats, got'): stats.merge(other)
+    assert stats.n == 3 and torch.equal(stats.mean, x.double().mean(0))
+
+
 def test_what_has_no_answer():
     stats = RunningStats()
     for ask in (lambda: stats.mean, stats.var, stats.std, lambda: stats.var(0)):

@@ -92,6 +92,15 @@ def test_permissions_are_those_of_any_new_file(tmp_path, umask):
     assert modes == dict.fromkeys(('plain', 'f', 'private'), 0o666 & ~umask)
 
 
+@pytest.mark.parametrize('mode', [0o600, 0o640, 0o444, 0o755])
+def test_permissions_of_the_file_that_is_replaced_are_kept(tmp_path, mode):
+    path = tmp_path / 'f'
+    path.touch()
+    path.chmod(mode)
+    with whole_file(path) as part: part.write_text('x')
+    assert (stat.S_IMODE(path.stat().st_mode), path.read_text()) == (mode, 'x')
+
+
 def test_links_are_followed(tmp_path):
     (tmp_path / 'disk').mkdir()
     (tmp_path / 'first').symlink_to('second') # Relative, and one after the other
@@ -230,6 +239,12 @@ def test_the_last_definition_counts_and_those_that_it_stands_on():
 def test_cells_that_are_no_python_are_left_out():
     assert code_hash(['%timeit run()', '!ls', 'def broken(', *page], 'run') == pinned
     assert code_hash(["get_ipython().run_line_magic('timeit', 'run()')", *page], 'run') == pinned
+
+
+def test_a_line_for_jupyter_does_not_hide_its_cell():
+    for line in '%time 1', '!ls', '%%time', 'x = 1\n%time x':
+        cells = [f'{line}\n{page[0]}', *page[1:]]
+        assert code_hash(cells, 'run') == pinned != edited('scale = 2', 'scale = 3', cells)
 
 
 def test_what_is_defined_nowhere_has_no_hash():
