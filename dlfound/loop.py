@@ -109,7 +109,7 @@ class Callbacks:
     def remove(self, cb: Callback | type[Callback]) -> None:
         "Let a callback go, or all of a class"
         gone = [c for c in self.members if c is cb or type(c) is cb]
-        if self.called or not gone: raise ValueError(f'{cb!r} is at work, or is not here')
+        if self.called or not gone: raise ValueError(f'{cb!r} is not here, or a fit is on')
         self.members = [c for c in self.members if c not in gone]
 
     def call(self, event: str, learn: 'TrainingLoop') -> None:
