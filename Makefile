@@ -26,9 +26,9 @@ check: ## lint the working tree (make test lints what is committed)
 run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01")
 	@$(env) && $(py) scripts/run.py $(NB)
 
-full: ## run all notebooks, compute their stored results anew and save outputs; the whole grid of killed and resumed fits
+full: ## run all notebooks, compute their stored results anew and save outputs; all tests, with the whole grid of killed and resumed fits and fresh examples
 	@$(env) && DLFOUND_FULL=1 $(py) scripts/run.py all
-	@$(env) && DLFOUND_FULL=1 $(py) -m pytest -q -p no:cacheprovider tests/test_resume.py
+	@$(env) && DLFOUND_FULL=1 $(py) -m pytest -q -p no:cacheprovider tests
 
 seeds: ## run a notebook's checks under two other seeds, saving nothing: make seeds NB=00
 	@$(env) && $(py) scripts/run.py --seeds 2 $(NB)

@@ -1,4 +1,7 @@
 "Small nets and batches, a loop by hand, and callbacks of one method, for the tests of lessons 04 to 04c."
+import multiprocessing
+import time
+
 import torch
 from torch import nn
 
@@ -20,6 +23,13 @@ def batches(*sizes, seed=0):
 def learner(model=None, train=(8, 8, 5), valid=(4, 2), cbs=(), opt=torch.optim.SGD, lr=.1, loss=loss_func, **kw):
     dls = DataLoaders(batches(*train), batches(*valid, seed=1) if valid else None)
     return Learner(dls, net() if model is None else model, loss, opt, lr, cbs=cbs, **kw)
+
+
+def no_workers():
+    "Have all worker processes ended? One that was told to may need a while on a busy machine"
+    end = time.monotonic() + 60
+    while (left := multiprocessing.active_children()) and time.monotonic() < end: time.sleep(.05)
+    return not left
 
 
 def by_hand(train, model, opt_func, lr=.1, epochs=2, window=1, clip=None, skip=()):

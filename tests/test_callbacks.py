@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import at, batches, by_hand, learner, loss_func, net, poisoned, raiser, same
+from loops import at, batches, by_hand, learner, loss_func, net, no_workers, poisoned, raiser, same
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
@@ -172,11 +172,10 @@ def test_short_epochs_end_in_order():
 
 @pytest.mark.parametrize('kind', [DataLoader, torch.utils.data.DataLoader])
 def test_a_single_batch_sends_its_workers_home(kind):
-    import multiprocessing
     dl = kind(Dataset(torch.randn(32, 6), torch.arange(32) % 3), 8, num_workers=1)
     learn = Learner(DataLoaders(dl, dl), net(), loss_func, cbs=SingleBatch())
     learn.fit(1)
-    assert len(learn[Recorder].losses) == 1 and not multiprocessing.active_children()
+    assert len(learn[Recorder].losses) == 1 and no_workers()
 
 
 # Devices

@@ -1,7 +1,6 @@
 "The loop equals one by hand bit for bit, leaves nothing behind however a fit ends, and says what is wrong."
 import copy
 import gc
-import multiprocessing
 import subprocess
 import sys
 import weakref
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import at, batches, by_hand, learner, loss_func, net, raiser, same
+from loops import at, batches, by_hand, learner, loss_func, net, no_workers, raiser, same
 from torch import nn
 
 from dlfound.learner import (Callback, CancelBatch, CancelEpoch, CancelFit, DataLoaders, GradientAccumulation,
@@ -288,9 +287,6 @@ def test_a_callback_names_what_is_kept():
 
 # Failures
 
-def children(): return [p for p in multiprocessing.active_children() if p.is_alive()]
-
-
 def test_an_exception_names_its_callback_and_leaves_all_in_order():
     model, ended = net(0, nn.BatchNorm1d(8)), []
     model[1].eval()
@@ -299,10 +295,10 @@ def test_an_exception_names_its_callback_and_leaves_all_in_order():
     learn = Learner(DataLoaders.from_datasets(ds, ds, 8, num_workers=2), model, loss_func, lr=.1)
     cbs = [at('after_backward', raiser(KeyError('x'))), at('after_fit', lambda learn: ended.append(1))]
     with pytest.raises(KeyError) as e: learn.fit(1, cbs=cbs)
-    assert any('At, at after_backward' in n for n in e.value.__notes__) and ended == [1] and not children()
+    assert any('At, at after_backward' in n for n in e.value.__notes__) and ended == [1] and no_workers()
     assert model.training and not model[1].training and all(p.grad is None for p in model.parameters())
     learn.fit(1)
-    assert model.training and not model[1].training and not children()
+    assert model.training and not model[1].training and no_workers()
 
 
 script = '''

@@ -159,6 +159,7 @@ dtypes = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfl
        dtype=dtypes, seed=st.integers(0, 99))
 def test_inputs_near_normal_pass(shape, scale, shift, dtype, seed):
     x = torch.randn(64, *shape, generator=gen(seed))
+    x = (x - x.mean()) / x.std() # 64 numbers with a scale of 3 have a mean up to 1 of their own
     with silent(): check_inputs((x * scale + shift).to(dtype))
 
 

@@ -15,7 +15,7 @@ rows = st.lists(st.dictionaries(st.text('abcdefgh_', min_size=1, max_size=25), v
 
 
 @given(rows, st.integers(20, 120))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 def test_results_are_whole_and_columns_aligned(rows, width):
     table = Table(width)
     table.rows += rows
