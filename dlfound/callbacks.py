@@ -9,6 +9,7 @@ __all__ = ['GradientClip', 'GradientAccumulation', 'ShortEpoch', 'SingleBatch', 
 # %% ../nbs/04a_callbacks.ipynb #bd95cd6e
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -98,10 +99,7 @@ class SingleBatch(ShortEpoch):
 class Device(Callback):
     "Puts model, loss and batches on a device; what has a method `to` is moved by that"
     order, single = -100, True
-    def __init__(
-        self,
-        device: str | torch.device | None = None, # `None`: the accelerator, or else the CPU
-    ):
+    def __init__(self, device: str | torch.device | None = None): # `None`: accelerator, or CPU
         if device is None and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         self.device = torch.empty(0, device=device or 'cpu').device
@@ -112,20 +110,22 @@ class Device(Callback):
         learn.batch = map_tensors(lambda x: x.to(self.device, non_blocking=True), learn.batch, 'to')
 
 # %% ../nbs/04a_callbacks.ipynb #a5c27747
-def nonfinite_grads(params: Iterable[Tensor]) -> Tensor: # A single number, above 0 if there are any
-    "Look for NaN and inf in all gradients, in one fused call that waits for no device"
-    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+_one = cache(torch.ones) # Made once for each device, as every step needs it
+def nonfinite_grads(
+    params: Iterable[Tensor], # On one device
+    out: Tensor | None = None, # A number there to write into; `None`: a new one
+) -> Tensor: # A number, above 0 if a gradient is not finite
+    "Look for NaN and inf in all gradients, in one call, GradScaler's, that waits for no device"
+    grads = [g._values() if g.is_sparse else g for p in params if (g := p.grad) is not None]
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-    found = torch.zeros((), device=grads[0].device if grads else None)
-    look: Any = getattr(torch, '_amp_foreach_non_finite_check_and_unscale_') # As GradScaler does
-    if grads: look(grads, found, torch.ones_like(found)) # Times 1, in place
+    one = _one((), device=grads[0].device if grads else None)
+    found = torch.zeros_like(one) if out is None else out.zero_()
+    if grads: torch._amp_foreach_non_finite_check_and_unscale_(grads, found, one) # type: ignore
     return found
-
 def check_finite_grads(model: nn.Module, batch: Any = None) -> None: # Its number
     "FloatingPointError if a gradient is NaN or infinite, with the names of parameters"
     if not nonfinite_grads(model.parameters()): return
-    bad = [name for name, p in model.named_parameters() if p.grad is not None
-           and nonfinite_grads([p])][:4]
+    bad = [name for name, p in model.named_parameters() if nonfinite_grads([p])][:4]
     place = '' if batch is None else f' in batch {batch}, though the loss is'
     raise FloatingPointError(f'the gradient of {", ".join(bad)} is not finite{place}; '
                              'look for a root or a logarithm at 0, or a division by it')
@@ -165,7 +165,7 @@ class SanityCheck(Callback):
         return self.look == 'step' or not self.look and t.is_cpu
 
     def before_fit(self, learn: TrainingLoop) -> None:
-        self.bad, self.begin, self.recent = None, 0., deque(maxlen=10)
+        self.bad, self.found, self.begin, self.recent = None, None, 0., deque(maxlen=10)
         if 'opt' in vars(learn) and getattr(learn.opt, 'state', None):
             sanity.warn_once(learn.opt, 'goes on', 'the optimizer goes on with its state from '
                              'before; fit(…, reset_opt=True) starts afresh')
@@ -208,12 +208,12 @@ class SanityCheck(Callback):
 
     def after_backward(self, learn: TrainingLoop) -> None:
         if self.first: sanity.check_grads(learn.model)
-        self.first, found = False, nonfinite_grads(learn.params)
-        if self.now(found):
-            if found: check_finite_grads(learn.module, f'{learn.iter} of epoch {learn.epoch}')
+        self.first, self.found = False, nonfinite_grads(learn.params, self.found)
+        if self.now(self.found):
+            if self.found: check_finite_grads(learn.module, f'{learn.iter} of epoch {learn.epoch}')
             return
-        wrong = (found > 0) | ~learn.loss.detach().isfinite()
-        if self.bad is None: self.bad = torch.full((), -1, device=found.device)
+        wrong = (self.found > 0) | ~learn.loss.detach().isfinite()
+        if self.bad is None: self.bad = torch.full((), -1, device=self.found.device)
         self.bad = self.bad.masked_fill((self.bad < 0) & wrong, learn.iter)
         if (learn.iter + 1) % self.every == 0: self.read(learn)
 

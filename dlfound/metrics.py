@@ -163,7 +163,7 @@ class Recorder(Callback):
             weights.append(weight)
         if not learn.training: return
         lr = learn.opt.param_groups[-1]['lr']
-        self.seen.append(learn.loss.detach())
+        self.seen.append(self.sums['loss'][0][-1])
         self.rates.append(lr.clone() if isinstance(lr, Tensor) else lr)
         if learn.iter == 0: check_weight(learn.loss_func, learn.target(), weight, learn.model)
     def after_train(self, learn: TrainingLoop) -> None:
