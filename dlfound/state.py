@@ -43,9 +43,8 @@ def module_state(module: Any) -> dict[str, Any]: # By name; the tensors themselv
     return {k: t.detach() for k, t in (parameters | buffers).items()} | extra
 def _kind(x: Any) -> str: return 'missing' if x is None else f'{tuple(x.shape)} of {x.dtype}'
 @torch.no_grad()
-def load_module_state(module: Any, state: Mapping[str, Any]) -> None:
+def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     "Give a module what `module_state` had, in its own tensors; ValueError if it is another module"
-    if not isinstance(module, nn.Module): module = nn.Module() # Which has nothing
     fixed = dict(module.named_parameters(remove_duplicate=False))
     modules = module.named_modules(remove_duplicate=False)
     free = {f'{path}.{k}'.lstrip('.') for path, m in modules for k in (*m._buffers, '_extra_state')}
@@ -109,7 +108,6 @@ def set_random_state(states: Sequence[Any], *owners: Any) -> None:
     if len(found) != len(states):
         raise ValueError(f'{len(states)} states for {len(found)} generators; give the same loaders')
     for s, state in zip(found, states): _set(s, state)
-
 @contextmanager
 def random_kept(*owners: Any) -> Iterator[None]:
     "After the block all generators are where they were before it"

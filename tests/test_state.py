@@ -167,7 +167,6 @@ def test_what_a_module_keeps_as_a_plain_attribute_is_not_its_state():
 @pytest.mark.parametrize('model', [F.relu, lambda x: x, None, object()])
 def test_what_is_no_module_has_no_state(model):
     assert module_state(model) == {}
-    load_module_state(model, {})
     with modes_kept(model): pass
 
 
@@ -202,7 +201,7 @@ def test_other_modules_are_refused_and_left_alone():
         (ends(nn.Linear(3, 3)), '2.weight is missing here'),
         (ends(nn.Linear(3, 3), nn.LayerNorm(3)), '2.running_mean is missing here'),
         (ends(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), '3.weight .*and missing in the state'),
-        (nn.Linear(2, 3), 'weight is'), (F.relu, 'missing here'),
+        (nn.Linear(2, 3), 'weight is'),
     ]:
         before = deepcopy(module_state(other))
         with pytest.raises(ValueError, match=match): load_module_state(other, state)
