@@ -116,6 +116,7 @@ class Report:
         "It has ended"
         if self.bar is not None: self.bar.close()
         self.bar = None
+        if self.table.status: self.say()
 
     def add(self, row: Mapping[str, Any]) -> None:
         "Another row of results"
@@ -133,7 +134,7 @@ class Report:
         "Show where things stand: on a page in place of what was there"
         self.table.status = status
         if not self.page: return print(status, flush=True) if last else None
-        if status or self.table.rows: self._put('table', self.table)
+        if status or self.table.rows or self.lives: self._put('table', self.table)
         if draw is not None: self._put('picture', picture(draw))
 
     def _put(self, name: str, x: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from dlfound import show
 from dlfound.show import Report, Table, format_number, picture, verdict
 
 values = st.one_of(st.floats(allow_nan=True), st.integers(), st.text('abc', max_size=30), st.none())
@@ -73,6 +74,21 @@ def test_a_log_has_each_row_once_and_all_of_them_again_when_a_column_comes():
         ['epoch', 'loss'], ['0', '1.0000'], ['1', '0.5000'],
         ['epoch', 'loss', 'accuracy'], ['0', '1.0000'], ['1', '0.5000'], ['2', '0.2500', '0.9000'], ['done']]
     assert len(report.table.rows) == 3
+
+
+def test_a_status_goes_with_what_it_tells_of(monkeypatch):
+    shown = []
+    class Shown:
+        def __init__(self, x): self.update(x)
+        def update(self, x): shown.append(repr(x))
+    monkeypatch.setattr(show, 'Live', Shown)
+    report = Report()
+    report.page = True
+    report.start(10)
+    report.say('batch 3')
+    report.stop()
+    report.stop()
+    assert [text.strip() for text in shown] == ['batch 3', '']
 
 
 def test_a_picture_is_a_png_and_leaves_pyplot_alone():
