@@ -109,7 +109,7 @@ class Report:
             self.bar = tqdm(total=total, initial=done, leave=False, file=sys.stdout)
 
     def advance(self, done: int) -> None:
-        "So many are done"
+        "`done` steps of the total are done"
         if self.bar is not None: self.bar.update(done - self.bar.n)
 
     def stop(self) -> None:

@@ -37,19 +37,18 @@ def map_tensors(
 def module_state(module: Any) -> dict[str, Any]: # By name; the tensors themselves, no copies
     "Parameters, buffers (also those that `state_dict` leaves out), extra state; of others nothing"
     if not isinstance(module, nn.Module): return {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
+    named = [f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith('_extra_state')}
-    return {k: t.detach() for k, t in (parameters | buffers).items()} | extra
-def _kind(x: Any) -> str: return 'missing' if x is None else f'{tuple(x.shape)} of {x.dtype}'
+    return {k: t.detach() for pairs in named for k, t in pairs} | extra
+def _kind(x: Any) -> str:
+    return f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     "Give a module what `module_state` had, in its own tensors; ValueError if it is another module"
-    fixed = dict(module.named_parameters(remove_duplicate=False))
-    modules = module.named_modules(remove_duplicate=False)
-    free = {f'{path}.{k}'.lstrip('.') for path, m in modules for k in (*m._buffers, '_extra_state')}
-    for name in [name for name in (*fixed, *state) if name not in free]:
-        here, kept = (_kind(named.get(name)) for named in (fixed, state))
+    own_state, modules = module_state(module), module.named_modules(remove_duplicate=False)
+    buffers = {f'{path}.{k}'.lstrip('.') for path, m in modules for k in m._buffers}
+    for name in [name for name in (*own_state, *state) if name not in buffers]:
+        here, kept = (_kind(s[name]) if name in s else 'missing' for s in (own_state, state))
         if here != kept:
             raise ValueError(f'{name} is {here} here and {kept} in the state; build the same model')
     for name, value in state.items():
@@ -68,8 +67,7 @@ def load_opt_state(opt: Any, state: Mapping[str, Any]) -> None:
     state = map_tensors(Tensor.clone, state)
     opt.load_state_dict(state)
     if not isinstance(opt, torch.optim.Optimizer): return
-    params = [p for group in opt.param_groups for p in group['params']]
-    for i, p in enumerate(params): # As a state dict numbers them
+    for i, p in enumerate(p for group in opt.param_groups for p in group['params']):
         for k, v in state['state'].get(i, {}).items():
             if isinstance(v, Tensor): opt.state[p][k] = v.to(opt.state[p][k].device)
 
@@ -85,11 +83,10 @@ def modes_kept(model: Any) -> Iterator[None]:
 # %% ../nbs/tools/state.ipynb #63b0ad3f
 def _sources(owners: Sequence[Any]) -> list[Any]:
     found: list[Any] = [random, np.random, torch, torch.get_device_module()] # The last: or none
-    for o in (owners := list(owners)): # And their samplers, and the samplers of these
-        inner = [getattr(o, name, None) for name in ('sampler', 'batch_sampler')]
-        owners += [s for s in inner if all(s is not other for other in owners)]
+    inner = [getattr(o, name, None) for o in owners for name in ('sampler', 'batch_sampler')]
+    inner += [getattr(s, 'sampler', None) for s in inner] # A batch sampler has a sampler
     kinds = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
-    held = [x for o in owners for x in (o, *getattr(o, '__dict__', {}).values())]
+    held = [x for o in (*owners, *inner) for x in (o, *getattr(o, '__dict__', {}).values())]
     return found + list({id(x): x for x in held if isinstance(x, kinds)}.values())
 _calls = 'state', '_rng_state', '_state' # After get or set: in random, in torch, in NumPy
 def _get(s: Any) -> Any: # `None` of an accelerator that is not there, or that nobody has used

@@ -55,13 +55,14 @@ def _names(code: CodeType, op: str, deep: bool = False) -> set[str]: # `op` is L
     return own.union(*(_names(c, op, deep) for c in inner))
 
 def code_hash(
-    cells: Sequence[str], # Sources, in order; lines that begin with % or ! are left out
+    cells: Sequence[str], # Sources, in order
     name: str, # A function that some cell defines
 ) -> str: # Twelve hexadecimal digits
     "A hash of what a function and all that it reaches in these cells says, whatever its comments"
+    from IPython.core.inputtransformer2 import TransformerManager
     defined: dict[str, list[Any]] = {} # The statements that set a name
     for cell in cells:
-        text = '\n'.join(line for line in cell.split('\n') if line[:1] not in ('%', '!'))
+        text = TransformerManager().transform_cell(cell) # As the kernel does: magics become calls
         try: body = [(n, compile(ast.Module([n], []), '', 'exec')) for n in ast.parse(text).body]
         except SyntaxError: continue
         for node, code in body:
@@ -100,11 +101,10 @@ def stored(
     if full:
         cells = getattr(run, '__globals__', {}).get('In', []) # What the notebook has run so far
         code = code_hash(cells, getattr(run, '__name__', repr(run)))
-        begin, result = time.monotonic(), run()
         if any(used().values()): raise RuntimeError(f'{name} is computed with real data only')
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
-        file = dict(code=code, seconds=round(time.monotonic() - begin), device=device,
-                    torch=torch.__version__, python=platform.python_version(),
-                    data=', '.join(used()), result=result)
+        begin, result = time.monotonic(), run()
+        file = dict(code=code, seconds=round(time.monotonic() - begin), data=', '.join(used()),
+                    device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+                    torch=torch.__version__, python=platform.python_version(), result=result)
         with whole_file(path) as part: part.write_text(json.dumps(file, indent=1) + '\n')
     return Stored(name, json.loads(path.read_text()), live)

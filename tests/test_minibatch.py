@@ -411,3 +411,21 @@ def test_fit_wants_batches(which):
     dls = dict(train_dl=full, valid_dl=full) | {which: []}
     opt = torch.optim.SGD(model.parameters(), lr=.1)
     with pytest.raises(ValueError, match='a loader gave no batch'): fit(1, model, cross_entropy, opt, **dls)
+
+
+def test_weights_of_another_type_and_options_that_are_wrong():
+    scores, target = torch.randn(6, 3), torch.arange(6) % 3
+    for weight in torch.tensor([1, 2, 3]), torch.tensor([1., 2., 3.], dtype=torch.float64):
+        loss = cross_entropy(scores, target, weight)
+        assert loss.dtype == torch.float32
+        assert_close(loss, F.cross_entropy(scores, target, weight.float()))
+    for kw in dict(label_smoothing=2.), dict(label_smoothing=-1.), dict(reduction='avg'):
+        with pytest.raises(ValueError, match="'mean', 'sum' or 'none' and smoothing 0 to 1"):
+            cross_entropy(scores, target, **kw)
+
+
+def test_a_loss_in_half_precision_is_averaged_in_single():
+    model = nn.Linear(1, 1, bias=False).half()
+    x, y = torch.zeros(512, 1).half(), torch.full((512, 1), 200.).half()
+    opt = torch.optim.SGD(model.parameters(), lr=0.)
+    assert fit(1, model, lambda out, y: (out - y).abs().mean(), opt, [(x, y)], [(x, y)])[0].train_loss == 200

@@ -209,6 +209,22 @@ def test_other_modules_are_refused_and_left_alone():
     with pytest.raises(ValueError, match='0.weight .*and missing in the state'): load_module_state(ends(), {})
 
 
+class Token(nn.Module):
+    def get_extra_state(self): return dict(n=0)
+    def set_extra_state(self, state): self.n = state['n']
+
+
+def test_extra_state_belongs_to_its_model_too():
+    one, two = nn.Sequential(nn.Linear(2, 2), Token()), nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    for model, state in (two, module_state(one)), (nn.Sequential(nn.Linear(2, 2)), module_state(one)), (
+            one, module_state(two)):
+        before = model[0].weight.clone()
+        with pytest.raises(ValueError, match='1._extra_state is'): load_module_state(model, state)
+        assert torch.equal(before, model[0].weight)
+    load_module_state(one, module_state(one))
+    assert one[1].n == 0
+
+
 def test_a_buffer_that_was_not_there_yet_may_stay():
     net, early = Odd(), deepcopy(module_state(Odd()))
     net(torch.ones(4, 3))

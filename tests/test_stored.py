@@ -242,7 +242,7 @@ def test_cells_that_are_no_python_are_left_out():
 
 
 def test_a_line_for_jupyter_does_not_hide_its_cell():
-    for line in '%time 1', '!ls', '%%time', 'x = 1\n%time x':
+    for line in '%time 1', '!ls', 'files = !ls', 'if 0:\n    !ls', 'print?', 'x = 1\n%time x', 'a = \"\"\"\n%b\n\"\"\"':
         cells = [f'{line}\n{page[0]}', *page[1:]]
         assert code_hash(cells, 'run') == pinned != edited('scale = 2', 'scale = 3', cells)
 
