@@ -1,14 +1,19 @@
-"Every operation of `dlfound.backprop` against PyTorch, forward and backward, on odd shapes and dtypes."
-import gc, math, weakref
+"Every layer by hand and every operation of the tape against PyTorch, on odd shapes and dtypes."
+import gc
+import math
+import weakref
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
-from dlfound.backprop import (MSE, Linear, Module, Node, ReLU, Sequential, Value, grad_check, normalize,
-                              topological_order, unbroadcast)
+
+from dlfound.autograd import Node, Value, topological_order, unbroadcast
+from dlfound.backprop import MSE, Linear, Module, ReLU, Sequential, grad_check, normalize
 
 thorough = settings(deadline=None, max_examples=60)
 
