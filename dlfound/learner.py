@@ -35,14 +35,14 @@ _all_ = ['Callback', 'Callbacks', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'Da
          'label_weight']
 
 # %% ../nbs/04c_learner.ipynb #7d956680
+def _indexed(x: Any) -> bool: return isinstance(x, Dataset) and not isinstance(x, IterableDataset)
 def _check_arguments(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> None:
     "TypeError for an argument that cannot be what its place says, with the way out"
     loaders = getattr(dls, 'train', None), getattr(dls, 'valid', None)
     wrong = {
         'the loaders come first, then the model': isinstance(dls, nn.Module),
         'loaders come as one, DataLoaders(train, valid)': not hasattr(dls, 'train'),
-        'a data set is no loader; DataLoaders.from_datasets makes loaders': any(
-            isinstance(dl, Dataset) and not isinstance(dl, IterableDataset) for dl in loaders),
+        'a data set is no loader; use DataLoaders.from_datasets': any(map(_indexed, loaders)),
         f'the model is no nn.Module but a {type(model).__name__}; pass an nn.Module object, '
         'such as Net()': not isinstance(model, nn.Module),
         'loss_func is called with predictions and targets; make an object: CrossEntropyLoss()':
@@ -100,7 +100,7 @@ class Learner(TrainingLoop):
         metrics = metrics if isinstance(metrics, (tuple, list)) else [metrics]
         usual = [Device(), SanityCheck(), Recorder()] + [Metrics(*metrics)] * bool(metrics)
         for cb in usual + [Progress()] * progress:
-            if not self.cbs.twin(cb): self.cbs.add(cb)
+            if self.cbs.twin(cb) is None: self.cbs.add(cb)
 
     def add_cb(self, cb: Callback) -> None: "Add a callback"; self.cbs.add(cb)
     def remove_cb(self, cb: Any) -> None: "Remove one, or all of a class"; self.cbs.remove(cb)
@@ -119,8 +119,9 @@ class Learner(TrainingLoop):
     ) -> dict[str, float]: # The loss and the metrics, by name
         "Go through a validation set, with the events of validation"
         dl, before, self.row = self.dls.valid if dl is None else dl, self.row, {}
-        if dl is None: raise ValueError('dls.valid is None; pass a loader: validate(dl)')
         try:
+            if dl is None: raise ValueError('dls.valid is None; pass a loader: validate(dl)')
+            if _indexed(dl): raise TypeError('a data set is no loader; pass DataLoader(ds, 64)')
             with self.cbs.at_work(self, cbs), modes_kept(self.module):
                 try: self.one_pass(False, dl)
                 except (CancelEpoch, CancelFit): self.event('after_cancel_epoch')
@@ -133,11 +134,10 @@ class Learner(TrainingLoop):
         targets: bool = True, # `False`: there are none
     ) -> tuple[Any, Any]: # On the CPU; no targets if batches `(x,)` have none
         "What the model says to each example, in evaluation mode, and what it should have said"
-        gather = _Gather(targets)
-        self.validate(dl, [gather, Metrics()]) # Without metrics, in place of those there are
-        if not gather.preds: raise ValueError('there was no batch; is it a used-up iterator?')
-        found = [concat(p, gather.sizes) if p else None for p in (gather.preds, gather.targets)]
-        return found[0], found[1]
+        got = _Gather(targets)
+        self.validate(dl, [got, Metrics()]) # Without metrics, in place of those there are
+        if not got.preds: raise ValueError('there was no batch; is it a used-up iterator?')
+        return concat(got.preds, got.sizes), concat(got.targets, got.sizes) if got.targets else None
 
     def predict(self, x: Any) -> Any: # Without a dimension for the batch, as `x`; on the CPU
         "What the model says to one sample without its target: a tensor, a dict, a tuple of inputs"

@@ -76,13 +76,13 @@ _steps = [name.removeprefix('around_') for name in _hooks if name.startswith('ar
 # %% ../nbs/04_loop.ipynb #41638d6e
 _C = TypeVar('_C', bound=Callback)
 Cbs = Callback | Iterable[Callback]
-
 class Callbacks:
     "A list of callbacks that knows who is in it and, while its loop works, whom to call when"
     def __init__(self, cbs: Cbs = ()):
         self.members: list[Callback] = []
         self.called: dict[str, list[Callable[..., None]]] = {} # By event, while the loop works
-        for cb in [cbs] if isinstance(cbs, (Callback, type)) else cbs or (): self.add(cb)
+        if isinstance(cbs, Callback) or not isinstance(cbs, Iterable | None): cbs = [cbs]
+        for cb in cbs or (): self.add(cb)
     def __iter__(self) -> Iterator[Callback]: return iter(self.members)
     def __getitem__(self, kind: type[_C]) -> _C:
         for cb in self.members:
@@ -93,24 +93,24 @@ class Callbacks:
         kinds = [type(cb).__name__ for cb in self.members]
         counts = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
         return {kind + str(n + 1) * (n > 0): cb for kind, n, cb in zip(kinds, counts, self.members)}
-    def twin(self, cb: Callback) -> bool:
-        "Does a member do the work of `cb`?"
-        return any(c is cb or c.single and cb.single and (
-            isinstance(c, type(cb)) or isinstance(cb, type(c))) for c in self.members)
+    def twin(self, cb: Callback) -> Callback | None:
+        "The member that does the work of `cb`, if there is one"
+        return next((c for c in self.members if c is cb or c.single and cb.single and (
+            isinstance(c, type(cb)) or isinstance(cb, type(c)))), None)
 
     def add(self, cb: Callback) -> None:
         "Take in a callback, to be called from the next fit on"
-        name = type(cb).__name__
         if not isinstance(cb, Callback):
             raise TypeError(f'a callback is an object of a class made from Callback, got {cb!r}')
-        if self.called: raise RuntimeError(f'{name} comes too late; add it before the fit')
-        if self.twin(cb): raise ValueError(f'there is a {name} already; remove it first')
+        if self.called: raise RuntimeError(f'{type(cb).__name__} comes late; add it before the fit')
+        if (c := self.twin(cb)) is not None:
+            raise ValueError(f'there is a {type(c).__name__} already; keep one of the two')
         self.members.append(cb)
     def remove(self, cb: Callback | type[Callback]) -> None:
-        "Let a callback go, or all of a class"
-        gone = [c for c in self.members if c is cb or type(c) is cb]
+        "Let a callback go, or all of a class and of those made from it"
+        gone = [c for c in self.members if c is cb or isinstance(cb, type) and isinstance(c, cb)]
         if self.called or not gone: raise ValueError(f'{cb!r} is not here, or a fit is on')
-        self.members = [c for c in self.members if c not in gone]
+        self.members = [c for c in self.members if all(c is not g for g in gone)]
 
     def call(self, event: str, learn: 'TrainingLoop') -> None:
         "Call all that answer to an event; an error says whose it is"
@@ -128,7 +128,7 @@ class Callbacks:
         before, extra = self.members, Callbacks(cbs)
         own = {step: f for step, f in vars(learn).items() if step in _steps}
         try:
-            self.members = [cb for cb in before if not extra.twin(cb)] + extra.members
+            self.members = [cb for cb in before if extra.twin(cb) is None] + extra.members
             for hook in _hooks:
                 found = [getattr(cb, hook) for cb in sorted(self.members, key=lambda cb: cb.order)]
                 idle = getattr(Callback, hook)
@@ -264,7 +264,7 @@ class TrainingLoop:
     def fit(
         self,
         n_epochs: int, # Passes over the training data
-        lr: float | None = None, # `None`: `lr` of the loop
+        lr: float | None = None, # `None`: the rate that the optimizer was made with
         cbs: Cbs = (), # For this fit only
         reset_opt: bool = False, # Forget what the optimizer gathered before?
         start: tuple[int, int] = (0, 0), # Epoch and batch to go on from
@@ -280,8 +280,8 @@ class TrainingLoop:
                     self.one_epoch(start[1] if self.epoch == start[0] else 0)
             except CancelFit: self.event('after_cancel_fit')
             finally:
-                self.event('after_fit')
                 if 'opt' in vars(self): self.zero_grad()
+                self.event('after_fit')
 
     def state_dict(self) -> dict[str, Any]:
         "All that a fit needs to go on; a subclass that has more, such as two optimizers, adds it"

@@ -42,7 +42,7 @@ def concat(
 
 # %% ../nbs/04b_metrics.ipynb #eac665f8
 def label_weight(loss_func: Any, target: Any, each: bool = False) -> Any: # `None`: not known
-    "How many labels, or what sum of weights, cross-entropy is a mean over; sums: 1; `each`: labels"
+    "What a cross-entropy is a mean over: labels, or their weights; 1 if a sum; `each`: every label"
     name, options = known_loss(loss_func)
     if options.get('reduction') == 'sum' and not each: return 1
     if name not in ('cross_entropy', 'nll_loss') or target.is_floating_point(): return None
@@ -51,7 +51,7 @@ def label_weight(loss_func: Any, target: Any, each: bool = False) -> Any: # `Non
 def check_weight(loss_func: Any, target: Any, weight: Any, owner: Any = None) -> None:
     "Warns if averages count a batch by another `weight` than its loss is a mean over"
     right = label_weight(loss_func, target)
-    if right is None or right in (weight, target.numel()): return
+    if right is None or right == weight or right == getattr(target, 'numel', int)(): return
     text = (f'the loss is a mean over {right:.4g} in a batch that counts {weight:.4g} in averages; '
             'pass weight=lambda learn: label_weight(learn.loss_func, learn.target())')
     if known_loss(loss_func)[1].get('reduction') == 'sum': text = (
@@ -152,7 +152,7 @@ class Recorder(Callback):
     @property
     def lrs(self) -> list[float]: "With which its step was taken"; return _floats(self.rates)
     def before_train(self, learn: TrainingLoop) -> None: self.sums = {}
-    before_validate = before_train
+    before_fit = before_validate = before_train
     def after_loss(self, learn: TrainingLoop) -> None:
         weight = learn.weight()
         for name, value in {'loss': learn.loss, **learn.parts}.items():
@@ -168,7 +168,7 @@ class Recorder(Callback):
         if learn.iter == 0: check_weight(learn.loss_func, learn.target(), weight, learn.model)
     def after_train(self, learn: TrainingLoop) -> None:
         part = 'train_' if learn.training else 'valid_'
-        learn.row.update({part + name: _mean(*sums) for name, sums in self.sums.items()})
+        learn.row.update({part + k: _mean(*self.sums.pop(k)) for k in [*self.sums]})
     after_validate = after_cancel_epoch = after_train
     def after_epoch(self, learn: TrainingLoop) -> None:
         self.rows.append(dict(epoch=learn.epoch, **learn.row))
@@ -202,7 +202,7 @@ class Progress(Callback):
         every: float = .5, # Seconds from one update to the next, at least
     ): self.plot, self.every, self.fitting, self.began, self.n = plot, every, False, 0., None
     def before_fit(self, learn: TrainingLoop) -> None:
-        if self.plot and not learn.cbs.twin(Recorder()):
+        if self.plot and learn.cbs.twin(Recorder()) is None:
             raise ValueError('plot=True needs a Recorder; add one')
         self.report, self.fitting = Report(), True
     def before_epoch(self, learn: TrainingLoop) -> None: self.began = time.monotonic()
@@ -213,7 +213,7 @@ class Progress(Callback):
     before_validate = before_train
     def after_batch(self, learn: TrainingLoop) -> None:
         self.report.advance(learn.iter + 1)
-        if time.monotonic() > self.due: self.say(learn, self.place(learn))
+        if time.monotonic() >= self.due: self.say(learn, self.place(learn))
 
     def place(self, learn: TrainingLoop) -> str:
         "How far the fit is"

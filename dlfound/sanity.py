@@ -111,7 +111,8 @@ def check_inputs(x: Any, owner: Any = None) -> None: # Dense floats of any shape
     wide = torch.atleast_1d(x.detach().float())
     mean, rms = torch.stack([wide.mean(), wide.square().mean().sqrt()]).tolist()
     tiny = rms < .02 and rms * wide[:1].numel()**.5 < .05
-    if not isfinite(rms): warn_once(owner, 'nan', 'inputs are NaN or infinite; clean or fill them')
+    if wide.numel() and not isfinite(rms): warn_once(
+        owner, 'nan', 'inputs are NaN, infinite or far too large; clean or scale them')
     elif rms > 10 or abs(mean) > 1.2 or tiny: warn_once(
         owner, 'inputs', f'inputs have mean {mean:.2g}, root mean square {rms:.2g}; normalise them')
 
@@ -125,7 +126,7 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...], look: Callable[..., None])
         with random_kept(), torch.no_grad(): torch.func.functional_call(model, buffers, inputs)
     finally:
         for h in handles: h.remove()
-        for m, was in plain: vars(m).update(was)
+        for m, was in plain: object.__setattr__(m, '__dict__', was)
 def finite(x: Any) -> bool: # Tensors in structures of any depth
     "Are all numbers finite?"
     return all(bool(t.isfinite().all()) for t in _tensors(x))
@@ -134,7 +135,8 @@ def first_nonfinite(model: nn.Module, *inputs: Any) -> str: # Such as 'the outpu
     found = [] if finite(inputs) else ['the inputs']
     def look(name: str, m: nn.Module, _: Any, out: Any) -> None:
         found.extend(f'the weight {k}' for k, p in m.named_parameters(name) if not finite(p))
-        if not finite(out): found.append(f'the output of layer {name} ({type(m).__name__})')
+        place = f'layer {name}' if name else 'the model'
+        if not finite(out): found.append(f'the output of {place} ({type(m).__name__})')
     try: _watch(model, inputs, look)
     except Exception: # Some layers refuse NaN
         if not found: raise
@@ -169,7 +171,7 @@ def check_dead(model: nn.Module, *inputs: Any, share: float = .5) -> None: # Som
 
 # %% ../nbs/03b_sanity.ipynb #6c8b4a12
 def overfit_batch(
-    model: nn.Module, loss_func: Any, batch: Sequence[Any], # As in training; a copy is trained
+    model: nn.Module, loss_func: Any, batch: Sequence[Any], # As in training; copies are used
     opt_func: Any = torch.optim.Adam, lr: float = 1e-3, # Its usual rate
     steps: int = 100, # Enough for a small net; raise it for one that starts slowly
     floor: float = 0., # The least that the loss can be; for soft labels it is their entropy
@@ -177,12 +179,12 @@ def overfit_batch(
     "Losses while a copy learns a batch by heart; RuntimeError if one that is blind does as well"
     *inputs, target = batch
     def learn(inputs: Sequence[Any]) -> list[float]:
-        pupil, losses = deepcopy(model), []
+        (pupil, judge), losses = deepcopy((model, loss_func)), []
         for m in pupil.modules(): m.training = m.training and not _random(m)
         opt = opt_func(check_trainable(pupil).values(), lr=lr)
         for _ in range(steps):
             opt.zero_grad()
-            losses.append(loss_func(pupil(*inputs), target))
+            losses.append(judge(pupil(*inputs), target))
             losses[-1].backward()
             opt.step()
         return torch.stack(losses).tolist()
@@ -206,7 +208,7 @@ def known_loss(f: Any) -> tuple[str, Mapping[str, Any]]: # Functions, modules, p
     if isinstance(f, nn.Module): f, options = type(f), vars(f) | f._buffers
     return next((name for known, name in _names.items() if known is f), ''), options
 
-# %% ../nbs/03b_sanity.ipynb #36b92dd3
+# %% ../nbs/03b_sanity.ipynb #3c6d0655
 def _check_values(given: str, options: Any, pred: Tensor, target: Tensor, owner: Any) -> None:
     if target.shape != pred.shape: raise ValueError(
         f'{given}, which would broadcast; use equal shapes, or cross_entropy for classes')
@@ -216,8 +218,6 @@ def _check_values(given: str, options: Any, pred: Tensor, target: Tensor, owner:
     if not target.isfinite().all(): raise ValueError(f'{given} with NaN or inf in it; clean it')
     if given.startswith('binary') and not 0 <= target.min() <= target.max() <= 1:
         raise ValueError(f'{given} that goes beyond 0 and 1; rescale it')
-
-# %% ../nbs/03b_sanity.ipynb #3c6d0655
 def _check_classes(given: str, options: Any, pred: Tensor, target: Tensor, owner: Any) -> None:
     dim = min(pred.ndim, 2) - 1
     def off(shares: Tensor) -> float: return float((shares.sum(dim) - 1).abs().max())

@@ -132,6 +132,16 @@ def test_a_refused_batch_is_not_in_its_window():
     assert same(refused, after([four[0], *four[2:]])) and not same(refused, after(four))
 
 
+def test_a_window_survives_gradients_that_are_zeroed_in_place():
+    def after(none):
+        class SGD(torch.optim.SGD):
+            def zero_grad(self): super().zero_grad(set_to_none=none)
+        learn = learner(train=[40, 40, 10], cbs=GradientAccumulation(3), opt=SGD)
+        learn.fit(1)
+        return learn.model
+    assert same(after(True), after(False)) and not same(after(True), net())
+
+
 @pytest.mark.parametrize('make, message', [
     (lambda: GradientClip(0.), 'max_norm is above 0'), (lambda: GradientClip(-1.), 'max_norm is above 0'),
     (lambda: GradientAccumulation(0), '1 batch at least'), (lambda: ShortEpoch(-1), '1 batch at least'),

@@ -10,6 +10,7 @@ from loops import at, batches, learner, loss_func, net, same
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import IterableDataset
 
 import dlfound.learner as L
 from dlfound import callbacks, loader, loop, metrics
@@ -176,7 +177,20 @@ def test_validate_fires_its_events_only():
     batch = ['before_batch', 'after_pred', 'after_loss', 'after_batch']
     assert seen == ['before_validate', *batch, *batch, 'after_validate'] and set(results) == {'valid_loss', 'accuracy'}
     assert learn.model.training and learn[Recorder].rows == []
-    with pytest.raises(ValueError, match='dls.valid is None'): learner(valid=None).validate()
+    alone = learner(valid=None)
+    alone.fit(1)
+    with pytest.raises(ValueError, match='dls.valid is None'): alone.validate()
+    assert set(alone.row) == {'train_loss'}
+
+
+def test_a_data_set_is_no_loader_and_a_stream_is_one():
+    learn, (x, y) = learner(metrics=accuracy), batches(6)[0]
+    ds = Dataset(x, y)
+    for f in learn.validate, learn.get_preds:
+        with pytest.raises(TypeError, match='a data set is no loader; pass DataLoader'): f(ds)
+    class Stream(IterableDataset):
+        def __iter__(self): return iter([(x, y)])
+    assert learn.validate(Stream()) == learn.validate([(x, y)]) == learn.validate(DataLoader(ds, 6))
 
 
 # The first mistakes (case F17)

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from loops import at, batches, by_hand, learner, loss_func, net, no_workers, rai
 from torch import nn
 
 from dlfound.learner import (Callback, CancelBatch, CancelEpoch, CancelFit, DataLoaders, GradientAccumulation,
-                             GradientClip, Learner, Metric, Recorder, SanityCheck, TrainingLoop)
+                             GradientClip, Learner, Metric, Recorder, SanityCheck, ShortEpoch, SingleBatch,
+                             TrainingLoop)
 from dlfound.loop import Callbacks
 from dlfound.minibatch import Dataset, accuracy
 
@@ -108,6 +110,7 @@ def test_groups_keep_their_ratios():
     assert [g['lr'] for g in learn.opt.param_groups] == pytest.approx([.02, .2])
     learn.fit(1, .5)
     assert [g['lr'] for g in learn.opt.param_groups] == pytest.approx([.05, .5])
+    learn.lr = 7. # Too late: the optimizer is made
     learn.opt.param_groups[0]['lr'] = learn.opt.param_groups[1]['lr'] = 0. # As a schedule may leave it
     learn.fit(1)
     assert [g['lr'] for g in learn.opt.param_groups] == [.01, .1]
@@ -213,6 +216,36 @@ def test_twice_or_a_class_is_refused():
     with pytest.raises(KeyError, match='no GradientClip'): learner()[GradientClip]
 
 
+def test_a_list_of_callbacks_is_told_from_one():
+    class Plain:
+        def after_loss(self, learn): pass
+    class Notes(Callback):
+        def __iter__(self): return iter('abc')
+    with pytest.raises(TypeError, match='made from Callback, got .*Plain'): learner(cbs=Plain())
+    notes = Notes()
+    assert list(Callbacks(notes)) == list(Callbacks([notes])) == [notes] and list(Callbacks(None)) == []
+
+
+def test_of_two_equal_callbacks_one_is_removed():
+    @dataclass
+    class Equal(Callback):
+        n: int = 0
+    cbs = Callbacks([a := Equal(), b := Equal()])
+    cbs.remove(a)
+    assert len(list(cbs)) == 1 and cbs[Equal] is b
+
+
+def test_a_double_is_named_and_can_be_removed_by_its_base():
+    class Mine(Recorder): pass
+    learn = learner(cbs=[mine := Mine(), SingleBatch()])
+    with pytest.raises(ValueError, match='there is a Mine already; keep one'): learn.add_cb(Recorder())
+    with pytest.raises(ValueError, match='there is a SingleBatch already'): learn.add_cb(ShortEpoch(3))
+    assert learn.cbs.twin(Recorder()) is mine and learn.cbs.twin(GradientClip(1.)) is None
+    learn.remove_cb(Recorder)
+    learn.add_cb(new := Recorder())
+    assert learn[Recorder] is new
+
+
 def test_the_list_stays_as_it_is_during_a_fit():
     late = at('before_epoch', lambda learn: None)
     for change in lambda learn: learn.add_cb(late), lambda learn: learn.remove_cb(Recorder):
@@ -299,6 +332,12 @@ def test_an_exception_names_its_callback_and_leaves_all_in_order():
     assert model.training and not model[1].training and all(p.grad is None for p in model.parameters())
     learn.fit(1)
     assert model.training and not model[1].training and no_workers()
+
+
+def test_gradients_are_forgotten_though_a_callback_fails_at_the_end():
+    learn = learner(cbs=at('after_fit', raiser(KeyError('x'))))
+    with pytest.raises(KeyError): learn.fit(1)
+    assert all(p.grad is None for p in learn.model.parameters())
 
 
 script = '''

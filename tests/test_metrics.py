@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from loops import at, batches, learner, loss_func, net
+from loops import at, batches, learner, loss_func, net, raiser
 from torch import nn
 from torch.nn import functional as F
 
-from dlfound.learner import DataLoaders, Learner, Metric, Metrics, Progress, Recorder
-from dlfound.metrics import concat, label_weight
+from dlfound.learner import CancelEpoch, CancelFit, DataLoaders, Learner, Metric, Metrics, Progress, Recorder
+from dlfound.metrics import check_weight, concat, label_weight
 from dlfound.minibatch import accuracy
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
@@ -87,6 +87,10 @@ def test_metrics_know_no_class_weights_and_no_sums(loss):
     learn = Learner(DataLoaders(data, data), net(), loss, metrics=values, weight=weight)
     got, x = learn.validate()['values'], torch.cat([x for x, _ in data])
     assert got == pytest.approx(float(learn.model(x).sum() / 9), abs=1e-6)
+
+
+def test_a_sum_is_told_also_of_a_target_that_is_no_tensor():
+    with pytest.warns(UserWarning, match='take no sums'): check_weight(nn.MSELoss(reduction='sum'), dict(y=1), 4)
 
 
 def test_a_batch_that_counts_nothing_is_left_out():
@@ -222,6 +226,20 @@ def test_the_record_comes_back():
     assert all(type(v) is float for v in two[Recorder].losses)
 
 
+@pytest.mark.parametrize('event, has', [('before_epoch', set()), ('before_train', set()),
+                                        ('before_validate', {'train_loss'})])
+def test_a_pass_that_never_ran_has_no_loss(event, has):
+    "Neither that of the epoch before, nor that of the other pass, nor that of a fit that was left"
+    def leave(learn):
+        if learn.epoch == 1: raise CancelEpoch
+    learn = learner()
+    learn.fit(2, cbs=at(event, leave))
+    assert [set(row) - {'epoch'} for row in learn[Recorder].rows] == [{'train_loss', 'valid_loss'}, has]
+    learn.fit(1, cbs=at('after_batch', raiser(CancelFit)))
+    learn.fit(2, cbs=at(event, leave), start=(1, 0))
+    assert set(learn[Recorder].rows[-1]) - {'epoch'} == has
+
+
 def test_the_plot_has_losses_and_validation():
     import matplotlib
     matplotlib.use('agg')
@@ -316,6 +334,15 @@ def test_the_time_of_an_epoch(monkeypatch):
         monkeypatch.setattr('time.monotonic', lambda: 0.)
         learn.fit(1, cbs=at('after_validate', late))
         assert learn[Progress].report.table.rows[0]['time'] == shown
+
+
+def test_without_a_pause_every_batch_is_shown(monkeypatch):
+    "Also by a clock that is coarser than a batch is long"
+    said = []
+    monkeypatch.setattr('time.monotonic', lambda: 0.)
+    monkeypatch.setattr(Progress, 'place', lambda self, learn: said.append((learn.training, learn.iter)))
+    learner(cbs=Progress(every=0)).fit(1)
+    assert said == [(True, 0), (True, 1), (True, 2), (False, 0), (False, 1)]
 
 
 def test_no_progress(capsys):

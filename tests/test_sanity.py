@@ -180,7 +180,7 @@ def test_inputs_that_are_fine():
     fine = (raw, raw > .5, (raw * 255).byte(), torch.randint(50_000, (4, 7)), None, 'text', [raw * 999],
             torch.tensor(1.), F.one_hot(torch.arange(100)).float(), F.one_hot(torch.arange(8), 50_000).float(),
             tfidf / tfidf.norm(dim=1, keepdim=True), sound, raw.to(torch.complex64), x_sparse := raw[0, 0].to_sparse(),
-            x_sparse.to_sparse_csr())
+            x_sparse.to_sparse_csr(), torch.zeros(0, 3), torch.zeros(3, 0))
     for x in fine:
         with silent(): check_inputs(x)
 
@@ -199,7 +199,9 @@ def test_inputs_that_are_not():
         owner = net()
         with told() as texts:
             for _ in range(2): check_inputs(x, owner)
-        assert len(texts) == 1 and 'NaN or infinite' in texts[0]
+        assert len(texts) == 1 and 'NaN, infinite or far too large' in texts[0]
+    with told() as texts: check_inputs(torch.full((4, 3), 1e20)) # Finite, but its square is not
+    assert 'far too large' in texts[0]
 
 
 def test_inputs_of_no_dimension_or_an_offset():
@@ -559,7 +561,7 @@ def test_first_nonfinite_in_structures():
     assert first_nonfinite(model, {'x': good}, (good,)) == 'the weight free'
     class Root(nn.Module):
         def forward(self, x): return {'deep': [x.log()]}
-    assert first_nonfinite(Root(), torch.zeros(2)) == 'the output of layer  (Root)'
+    assert first_nonfinite(Root(), torch.zeros(2)) == 'the output of the model (Root)'
     assert 'finite' in first_nonfinite(nn.Embedding(4, 2), torch.tensor([1]))
 
 
@@ -574,6 +576,13 @@ def test_plain_attributes_come_back():
     for f in first_nonfinite, dead_units:
         with pytest.raises(RuntimeError): f(model, x)
         assert model[0].h is h
+    class Grows(nn.Module): # An attribute that only a forward pass makes
+        def forward(self, x):
+            self.seen = x
+            return x
+    grows = Grows()
+    first_nonfinite(grows, x)
+    assert not hasattr(grows, 'seen') and grows(x) is grows.seen
 
 
 def test_errors_in_forward_leave_no_trace():
@@ -701,6 +710,13 @@ def test_overfit_leaves_everything_alone():
     assert len(losses) == 150 and losses[-1] < losses[0] / 3 and not opt.state
     assert overfit_batch(model, F.cross_entropy, batch, lr=.01, steps=150) == losses
     with torch.no_grad(), Traces(model): overfit_batch(model, F.cross_entropy, batch, torch.optim.SGD, .3)
+    class Scaled(nn.Module): # A loss with a parameter
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+        def forward(self, p, t): return self.scale * F.cross_entropy(p, t)
+    loss = Scaled()
+    with Traces(loss): overfit_batch(model, loss, batch, lr=.01)
 
 
 @pytest.mark.parametrize('case', ['broadcast', 'detached', 'constant inputs', 'nan', 'mean of a large target'])
