@@ -99,7 +99,10 @@ def matmul_lists(
     for i in range(n):
         for j in range(m):
             for l in range(k): c[i][j] += rows[i][l] * others[l][j]
-    return torch.tensor(c, dtype=a.dtype, device=a.device).view(n, m)
+    dtype = a.dtype if a.is_floating_point() or a.is_complex() else torch.int64
+    if dtype == torch.int64: # Python's whole numbers have no end, a tensor's begin anew
+        c = [[(v + 2**63) % 2**64 - 2**63 for v in row] for row in c]
+    return torch.tensor(c, dtype=dtype, device=a.device).view(n, m).to(a.dtype)
 
 # %% ../nbs/00_matmul.ipynb #240ebbc0
 def matmul_elementwise(

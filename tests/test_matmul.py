@@ -180,3 +180,10 @@ def test_timing_reads_well(timing, text):
 def test_ladder_is_one_family():
     a, b = torch.ones(2, 3), torch.ones(3, 2)
     for f in (*products, matmul): assert_close(f(a, b), torch.full((2, 2), 3.))
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_whole_numbers_that_are_too_large_wrap_as_in_torch(dtype):
+    most = torch.iinfo(dtype).max
+    a, b = torch.tensor([[most, most], [2, most]], dtype=dtype), torch.tensor([[3, most], [2, 5]], dtype=dtype)
+    for f in matmul_loops, matmul_lists: assert torch.equal(f(a, b), a @ b)
