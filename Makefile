@@ -26,7 +26,7 @@ check: ## lint the working tree (make test lints what is committed)
 run: ## run notebooks and save their outputs: make run NB=00 (several: NB="00 01")
 	@$(env) && $(py) scripts/run.py $(NB)
 
-full: ## run all notebooks, compute their stored results anew and save outputs; all tests, with the whole grid of killed and resumed fits and fresh examples
+full: ## run all notebooks, with their stored results computed anew; all tests, with the whole grid of killed fits and fresh examples
 	@$(env) && DLFOUND_FULL=1 $(py) scripts/run.py all
 	@$(env) && DLFOUND_FULL=1 $(py) -m pytest -q -p no:cacheprovider tests
 
