@@ -144,7 +144,7 @@ class Report:
 # %% ../nbs/tools/show.ipynb #f1d62687
 def draw_graph(
     nodes: Mapping[str, tuple[str, tuple[float, float]]], # By key: the text of a box, and its place
-    edges: Iterable[tuple[str, str, str]], # From one key to another, and a label, which may be empty
+    edges: Iterable[tuple[str, str, str]], # From a key to another, and a label, which may be empty
     size: tuple[float, float] = (7, 2.2), # Of the figure, in inches
 ) -> Any: # The axes
     "Draw boxes and arrows"
@@ -152,7 +152,8 @@ def draw_graph(
     ax, boxes = pyplot.subplots(figsize=size)[1], {}
     style: Any = dict(ha='center', va='center', fontsize=8)
     for key, (text, place) in nodes.items():
-        boxes[key] = ax.text(*place, text, bbox=dict(boxstyle='round', fc='white', ec='C0'), **style)
+        frame = dict(boxstyle='round', fc='white', ec='C0')
+        boxes[key] = ax.text(*place, text, bbox=frame, **style)
     for start, end, label in edges:
         (x, y), (to_x, to_y) = nodes[start][1], nodes[end][1]
         patches = dict(patchA=boxes[start].get_bbox_patch(), patchB=boxes[end].get_bbox_patch())
