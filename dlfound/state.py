@@ -40,8 +40,7 @@ def module_state(module: Any) -> dict[str, Any]: # By name; the tensors themselv
     named = [f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith('_extra_state')}
     return {k: t.detach() for pairs in named for k, t in pairs} | extra
-def _kind(x: Any) -> str:
-    return f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
+def _kind(x: Any) -> Any: return (*x.shape, x.dtype) if isinstance(x, Tensor) else type(x)
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     "Give a module what `module_state` had, in its own tensors; ValueError if it is another module"
@@ -53,8 +52,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
             raise ValueError(f'{name} is {here} here and {kept} in the state; build the same model')
     for name, value in state.items():
         path, _, leaf = name.rpartition('.')
-        owner = module.get_submodule(path)
-        own = getattr(owner, leaf, None)
+        own = getattr(owner := module.get_submodule(path), leaf, None)
         if leaf == '_extra_state': owner.set_extra_state(value)
         elif own is None: setattr(owner, leaf, value.clone())
         elif _kind(own) != _kind(value) or own.stride() != value.stride():
@@ -64,8 +62,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
 # %% ../nbs/tools/state.ipynb #a323f969
 def load_opt_state(opt: Any, state: Mapping[str, Any]) -> None:
     "As `opt.load_state_dict`, but copies, and what it keeps for a parameter keeps its precision"
-    state = map_tensors(Tensor.clone, state)
-    opt.load_state_dict(state)
+    opt.load_state_dict(state := map_tensors(Tensor.clone, state))
     if not isinstance(opt, torch.optim.Optimizer): return
     for i, p in enumerate(p for group in opt.param_groups for p in group['params']):
         for k, v in state['state'].get(i, {}).items():
