@@ -38,11 +38,12 @@ def unbroadcast(
     shape: Iterable[int], # Shape of what was broadcast
 ) -> Tensor: # Of that shape: the sum over every copy
     "Undo broadcasting in a gradient, by adding up what the copies received"
-    shape = tuple(shape)
+    shape, given = tuple(shape), tuple(grad.shape)
     for _ in range(grad.ndim - len(shape)): grad = grad.sum(0)
     for dim, size in enumerate(shape):
-        if size == 1: grad = grad.sum(dim, keepdim=True)
-    return grad
+        if size == 1 and grad.ndim == len(shape): grad = grad.sum(dim, keepdim=True)
+    if grad.shape == shape: return grad
+    raise ValueError(f'broadcasting {shape} cannot give a gradient of {given}; look at the vjp')
 
 # %% ../nbs/01a_autograd.ipynb #2b0dce49
 class Node:

@@ -434,3 +434,8 @@ def test_the_same_net_by_hand_on_the_tape_and_in_torch():
             for p, g in zip(leaves, grads): p -= .1 * g
         assert_close(by_hand, in_torch.detach())
         assert_close(on_tape.data, in_torch.detach())
+
+
+@pytest.mark.parametrize('given, shape', [((4, 3), (2,)), ((3,), (1, 1)), ((4, 3), (4, 3, 1)), ((2,), (3,))])
+def test_a_gradient_that_broadcasting_cannot_have_made_is_refused(given, shape):
+    with pytest.raises(ValueError, match='look at the vjp'): unbroadcast(torch.ones(given), shape)
