@@ -149,11 +149,13 @@ class Learner(TrainingLoop):
     def save(self, path: str | os.PathLike[str]) -> None: # Ends in .safetensors
         "Write the tensors of `state_dict`, of the loss too if it has any; a whole file or none"
         with whole_file(path) as part: save_model(self._saved(), str(part))
-    def load(self, path: str | os.PathLike[str]) -> None: # Written by `save`
-        "Read what `save` wrote; ValueError, and nothing changed, if it belongs to another model"
+    def load(self, path: str | os.PathLike[str]) -> None: # Written by `save`, or by `Checkpoint`
+        "Read weights; ValueError, and nothing changed, if they are those of another model"
         module, path = self._saved(), os.path.expanduser(path)
         before = map_tensors(Tensor.clone, module_state(module))
-        try: load_model(module, path)
+        nested = nn.ModuleDict(dict(state=nn.ModuleDict(dict(module=self.module))))
+        try: # In a checkpoint, weights stand among other things under `state.module`
+            if load_model(nested, path, strict=False)[0]: load_model(module, path)
         except (SafetensorError, RuntimeError) as e:
             load_module_state(module, before)
             raise ValueError(f'the file does not hold the weights of this model: {e}') from e

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import IterableDataset, TensorDataset
 
-from dlfound import schedule
+from dlfound import checkpoint, packed
+from dlfound.checkpoint import Checkpoint, resume
 from dlfound.learner import Callback, DataLoaders, GradientAccumulation, GradientClip, Learner, Recorder
 from dlfound.loader import DataLoader
 from dlfound.minibatch import Dataset, accuracy
-from dlfound.schedule import (Checkpoint, EarlyStopping, ParamScheduler, flat_cos, one_cycle, resume, sched_cos,
-                              sched_lin)
+from dlfound.schedule import ParamScheduler, flat_cos, one_cycle, sched_cos, sched_lin
+from dlfound.search import EarlyStopping
 from dlfound.state import module_state, random_state
 
 bs, epochs = 8, 3
@@ -153,9 +154,7 @@ def everything(learn):
 
 def bits(x):
     "A line for a state: equal lines, equal bits"
-    packer = schedule._Packer()
-    text = json.dumps(packer.pack(x, ''))
-    return schedule._digest(text, packer.tensors)
+    return packed.digest(*packed.pack(x))
 
 
 def digest(state): return dict(all=bits(state), **{k: bits(v) for k, v in state.items()})
@@ -183,7 +182,7 @@ def go_on(name, folder, every, unit):
 
 def break_writing(how, nth):
     "Die while the `nth` checkpoint is written"
-    count, save, replace = [0], schedule.save_file, os.replace
+    count, save, replace = [0], packed.save_file, os.replace
     def dying_save(tensors, path, metadata):
         count[0] += 1
         save(tensors, path, metadata)
@@ -193,7 +192,7 @@ def break_writing(how, nth):
     def dying_replace(a, b):
         replace(a, b)
         if count[0] == nth and how == 'after': os.kill(os.getpid(), signal.SIGKILL)
-    schedule.save_file, os.replace = dying_save, dying_replace
+    packed.save_file, os.replace = dying_save, dying_replace
 
 
 def forked(f, *args, stop=None):
@@ -243,7 +242,7 @@ def case(name, how, place=None, every=1, unit='batch', times=1):
         else: died = forked(start, *args, [Killer(place, how)])
         files = len(os.listdir(folder))
         for _ in range(times - 1): forked(go_on, *args, stop=place / 2 if how == 'random' else .05)
-        if not schedule._found(Path(folder)):
+        if not checkpoint._found(Path(folder)):
             return dict(ok=how in ('random', 'half', 'before'), died=died, files=files, early=True)
         got = forked(go_on, *args)
         left = sorted(p.name for p in Path(folder).iterdir())

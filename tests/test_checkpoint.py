@@ -1,0 +1,713 @@
+"""Checkpoints and resume: what is kept, refused and told. The kills are in test_resume.py."""
+import errno
+import math
+import os
+import random
+import stat
+import time
+import weakref
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from dlfound import checkpoint, packed
+from dlfound.checkpoint import Checkpoint, resume
+from dlfound.learner import (Callback, DataLoaders, GradientAccumulation, Learner, Metric, Recorder, ShortEpoch,
+                             TrainingLoop)
+from dlfound.loader import DataLoader
+from dlfound.minibatch import Dataset, accuracy
+from dlfound.packed import save_packed
+from dlfound.schedule import ParamScheduler, flat_cos, one_cycle
+from dlfound.search import EarlyStopping, lr_find
+from dlfound.state import map_tensors, module_state, random_state
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
+
+
+def data(n=40, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=g)
+    train, valid = Dataset(x, x.argmax(1) % 3), Dataset(x[:20], x[:20].argmax(1) % 3)
+    return DataLoaders.from_datasets(train, valid, 8, generator=g, **kwargs)
+
+
+def learner(opt=optim.SGD, cbs=(), dls=None, model=None, **kwargs):
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.2), nn.Linear(8, 3))
+    kwargs = dict(metrics=accuracy, progress=False) | kwargs
+    return Learner(dls or data(), model, F.cross_entropy, opt, lr=.1, cbs=cbs, **kwargs)
+
+
+class Stop(Callback):
+    "An exception at a place, once"
+    def __init__(self, epoch, batch, event='train'): self.place = epoch, batch, event
+    def after_backward(self, learn): self.strike(learn, 'train')
+    def after_pred(self, learn):
+        if not learn.training: self.strike(learn, 'valid')
+    def strike(self, learn, event):
+        if self.place == (learn.epoch, learn.iter, event):
+            self.place = None
+            raise RuntimeError('stop')
+
+
+def interrupted(folder, learn, cbs=(), epochs=2, stop=(1, 2), unit='batch', **kwargs):
+    "A fit that stops, and the callbacks to resume it with"
+    cbs = [*cbs, Checkpoint(folder, unit=unit, **kwargs), Stop(*stop)]
+    with pytest.raises(RuntimeError, match='stop'): learn.fit(epochs, cbs=cbs)
+    return cbs
+
+
+def messages(log): return '\n'.join(str(w.message) for w in log)
+def state(learn): return map_tensors(torch.clone, module_state(learn.module))
+def drawn(learn): return random_state(learn.dls.train, learn.dls.valid, *learn.generators)
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Rows(Callback):
+    "Puts numbers in the rows"
+    order = 55
+    def __init__(self, values): self.values = values
+    def after_epoch(self, learn): learn.row['made'] = self.values[learn.epoch]
+
+
+@pytest.mark.parametrize('bad', [dict(every=0), dict(every='batch'), dict(keep=0), dict(unit='step'), dict(mode='up')])
+def test_checkpoint_refuses(bad, tmp_path):
+    with pytest.raises(ValueError): Checkpoint(tmp_path, **bad)
+
+
+def test_two_checkpoints_in_one_folder(tmp_path):
+    with pytest.raises(ValueError, match='folder of its own'):
+        learner().fit(1, cbs=[Checkpoint(tmp_path), Checkpoint(tmp_path)])
+    learner().fit(1, cbs=[Checkpoint(tmp_path / 'a'), Checkpoint(tmp_path / 'b')])
+    assert len(checkpoint._found(tmp_path / 'a')) == len(checkpoint._found(tmp_path / 'b')) == 1
+
+
+def test_sorted_by_number(tmp_path):
+    places = (0, 9999), (0, 10000), (999, 1), (1000, 0)
+    names = [f'fit{f:03}_epoch{e:04}_done.safetensors' for f, e in places]
+    for name in reversed(names): (tmp_path / name).touch()
+    (tmp_path / 'fitness.safetensors').touch()
+    assert [p.name for p in checkpoint._found(tmp_path)] == names
+    keep = Checkpoint(tmp_path)
+    for name in names: save_packed(tmp_path / name, {})
+    learner().fit(1, cbs=keep)
+    assert keep.best == tmp_path / 'fit1001_epoch0000_done.safetensors'
+
+
+def test_resume_the_same_learner(tmp_path, recwarn):
+    "After an exception at a prompt: the Learner that stopped goes on, and says nothing of its optimizer"
+    whole, learn = learner(optim.Adam), learner(optim.Adam)
+    torch.manual_seed(4)
+    whole.fit(2, cbs=[ParamScheduler(one_cycle(.1)), Stop(9, 9)])
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, learn, [ParamScheduler(one_cycle(.1))])
+    learn.model[0].weight.data.zero_()
+    recwarn.clear()
+    resume(learn, tmp_path, cbs)
+    assert same(state(learn), state(whole)) and learn[Recorder].losses == whole[Recorder].losses
+    assert learn[Recorder].rows == whole[Recorder].rows
+    said = messages(recwarn)
+    assert 'goes on in epoch 1 of 2, after 2 batches' in said and 'goes on with its state' not in said
+
+
+def test_the_next_fit_says_that_the_optimizer_goes_on(tmp_path):
+    cbs, learn = interrupted(tmp_path, learner(optim.Adam)), learner(optim.Adam)
+    resume(learn, tmp_path, cbs)
+    with pytest.warns(UserWarning, match='goes on with its state'): learn.fit(1)
+
+
+def test_a_second_fit(tmp_path):
+    "Losses and rows of the fit before, and the optimizer's state, are part of it"
+    def twice(stop):
+        torch.manual_seed(4)
+        learn = learner(optim.Adam)
+        learn.fit(1)
+        if not stop: learn.fit(2, .05)
+        else:
+            cbs = [Checkpoint(tmp_path, unit='batch'), Stop(1, 2)]
+            with pytest.raises(RuntimeError): learn.fit(2, .05, cbs=cbs)
+            learn = learner(optim.Adam)
+            resume(learn, tmp_path, cbs)
+        return learn
+    a, b = twice(False), twice(True)
+    assert same(state(a), state(b)) and a[Recorder].losses == b[Recorder].losses
+    assert a[Recorder].rows == b[Recorder].rows
+    a.fit(1), b.fit(1)
+    assert a.opt.param_groups[0]['lr'] == b.opt.param_groups[0]['lr'] == .1
+
+
+def test_finished_fit(tmp_path):
+    learn = learner()
+    learn.fit(2, cbs=Checkpoint(tmp_path))
+    other = learner()
+    with pytest.warns(UserWarning, match='the fit is over'): resume(other, tmp_path)
+    assert same(state(learn), state(other)) and other[Recorder].rows == learn[Recorder].rows and other.row == learn.row
+    other.fit(1)
+    assert len(other[Recorder].rows) == 3
+
+
+def test_strides_and_ties(tmp_path):
+    def net(last):
+        torch.manual_seed(0)
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), *pool, nn.Linear(4, 4), nn.Linear(4, 4))
+        model[3].weight = model[4].weight
+        return model.to(memory_format=torch.channels_last) if last else model
+    x = torch.randn(24, 3, 5, 5)
+    def made(last):
+        dls = DataLoaders(DataLoader(Dataset(x, torch.arange(24) % 3), 8))
+        return Learner(dls, net(last), F.cross_entropy, lr=.1, progress=False)
+    whole = made(True)
+    whole.fit(2)
+    cbs = interrupted(tmp_path, made(True), stop=(1, 1))
+    learn = made(False)
+    resume(learn, tmp_path, cbs)
+    assert same(state(whole), state(learn)) and learn.model[3].weight is learn.model[4].weight
+    assert learn.model[0].weight.stride() == whole.model[0].weight.stride() != made(False).model[0].weight.stride()
+    untied = made(True)
+    untied.model[3].weight = nn.Parameter(untied.model[3].weight.detach().clone())
+    with pytest.raises(ValueError, match='parameters in its groups'): resume(untied, tmp_path, cbs)
+
+
+def test_keep_and_best(tmp_path):
+    values = [5, 1, 4, 3, 3, 3]
+    learner().fit(6, cbs=[Rows(values), Checkpoint(tmp_path, keep=2, monitor='made', mode='min')])
+    assert [p.name[7:16] for p in checkpoint._found(tmp_path)] == ['epoch0001', 'epoch0004', 'epoch0005']
+    learner().fit(3, cbs=[Rows(values), Checkpoint(tmp_path, keep=1, monitor='made', mode='max')])
+    first = [f'fit000_epoch{i:04}' for i in (1, 4, 5)]
+    assert [p.name[:16] for p in checkpoint._found(tmp_path)] == [*first, 'fit001_epoch0000', 'fit001_epoch0002']
+    with pytest.raises(ValueError, match="no result 'other'"):
+        learner().fit(1, cbs=Checkpoint(tmp_path, monitor='other', mode='max'))
+
+
+def test_every(tmp_path):
+    learner().fit(5, cbs=Checkpoint(tmp_path, every=2, keep=9, monitor=None))
+    assert [p.name[7:16] for p in checkpoint._found(tmp_path)] == ['epoch0001', 'epoch0003', 'epoch0004']
+
+
+def test_validate_writes_nothing(tmp_path):
+    learn = learner(cbs=Checkpoint(tmp_path, unit='batch'))
+    learn.validate()
+    assert not checkpoint._found(tmp_path)
+
+
+def test_leftovers(tmp_path):
+    "What a process left that died while it wrote goes, unless it might still write"
+    old, young = (tmp_path / f'.fit000_epoch0000_done.safetensors.{pid}.part' for pid in (1, 2))
+    for part in old, young: part.write_bytes(b'x')
+    os.utime(old, (time.time() - 700,) * 2)
+    learner().fit(1, cbs=Checkpoint(tmp_path))
+    assert [p.name for p in tmp_path.glob('.*')] == [young.name]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def fails(*args): raise OSError('no space left')
+    monkeypatch.setattr(packed, 'save_file', fails)
+    learn = learner()
+    with pytest.raises(OSError): learn.fit(1, cbs=Checkpoint(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(path, how):
+    raw = path.read_bytes()
+    if how == 'short': raw = raw[:-50]
+    if how == 'empty': raw = b''
+    if how == 'bit': raw = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+    if how == 'text': raw = raw.replace(b'n_epochs\\": 2', b'n_epochs\\": 9')
+    if how == 'noise': raw = os.urandom(len(raw))
+    assert raw != path.read_bytes()
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize('how', ['short', 'empty', 'bit', 'text', 'noise'])
+def test_damage(tmp_path, how, recwarn):
+    cbs = interrupted(tmp_path, learner())
+    *_, before, newest = checkpoint._found(tmp_path)
+    damaged(newest, how)
+    fresh, weights = learner(), state(learner())
+    with pytest.raises(ValueError, match='no whole file|damaged or edited'): resume(fresh, newest, cbs)
+    assert same(state(fresh), weights)
+    resume(fresh, tmp_path, cbs)
+    said = messages(recwarn)
+    assert f'left out: {newest.name}' in said and f'{before.name}: the fit goes on' in said
+
+
+def test_refusals(tmp_path, monkeypatch):
+    "What belongs to another fit is refused before anything is changed"
+    learn = learner()
+    cbs = interrupted(tmp_path / 'a', learn, [ParamScheduler(one_cycle(.1))])
+    last = checkpoint._found(tmp_path / 'a')[-1]
+    def refused(match, learn=None, cbs=cbs, path=last):
+        learn = learn or learner()
+        weights, rng, losses = state(learn), drawn(learn), learn[Recorder].losses
+        with pytest.raises(ValueError, match=match): resume(learn, path, cbs)
+        assert same(state(learn), weights) and learn[Recorder].losses == losses == [] and not learn.opt.state
+        assert str(drawn(learn)) == str(rng)
+    wide = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(.2), nn.Linear(9, 3))
+    refused(r'model.0.weight is \(9, 4, .* here and \(8, 4', learner(model=wide))
+    refused('missing in the state', learner(model=nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3))))
+    refused('float64', learner(model=learner().model.double()))
+    refused('the optimizer: Adam, and SGD in the interrupted fit', learner(optim.Adam))
+    refused(r'batches in dls.train and dls.valid: \[10, 2\], and \[5, 2\]', learner(dls=data(80)))
+    refused(r'random generators: \d, and \d in', learner(generators=[random.Random(1)]))
+    refused('had ParamScheduler', cbs=cbs[1:])
+    refused('other schedules', cbs=[ParamScheduler(one_cycle(.2)), *cbs[1:]])
+    def halves(params, lr):
+        first, *rest = params
+        return optim.SGD([dict(params=[first]), dict(params=rest)], lr)
+    refused(r'parameters in its groups: \[1, 5\], and \[6\]', learner(halves))
+    def error_rate(pred, target): return 1 - accuracy(pred, target)
+    refused('Metrics: .*error_rate.*, and .*accuracy', learner(metrics=error_rate))
+    accumulating = interrupted(tmp_path / 'd', learner(), [GradientAccumulation(2)])
+    three = [GradientAccumulation(3), *accumulating[1:]]
+    refused('GradientAccumulation: .*3.*, and .*2', cbs=three, path=tmp_path / 'd')
+    learn.save(tmp_path / 'w.safetensors')
+    refused('is no checkpoint', path=tmp_path / 'w.safetensors')
+    monkeypatch.setattr(packed, '_FORMAT', '9')
+    save_packed(tmp_path / 'future', {})
+    monkeypatch.undo()
+    refused('format 9', path=tmp_path / 'future')
+    with pytest.raises(FileNotFoundError): resume(learner(), tmp_path / 'b')
+    (tmp_path / 'c').mkdir()
+    with pytest.raises(FileNotFoundError, match='Checkpoint'): resume(learner(), tmp_path / 'c')
+
+
+def test_the_file_is_for_others_too(tmp_path):
+    "Any reader of safetensors finds the weights under their names"
+    from safetensors.torch import load_file
+    learn = learner()
+    learn.fit(1, cbs=Checkpoint(tmp_path))
+    read = load_file(checkpoint._found(tmp_path)[-1])
+    for name, p in learn.model.named_parameters(): assert torch.equal(read[f'state.module.model.{name}'], p)
+
+
+def test_progress_has_a_length(tmp_path):
+    seen = []
+    class Look(Callback):
+        order = math.inf
+        def before_batch(self, learn): seen.append((len(learn.dl), learn.iter))
+    learn, look = learner(), Look()
+    cbs = interrupted(tmp_path, learn, [look])
+    seen.clear()
+    resume(learn, tmp_path, cbs)
+    assert seen[0] == (5, 2)
+
+
+def test_foreign_loader_says_so(tmp_path):
+    d = data()
+    learn = learner(dls=DataLoaders(list(d.train), d.valid))
+    cbs = interrupted(tmp_path, learn)
+    with pytest.warns(UserWarning, match='list cannot begin in the middle: 2 batches are made and left out'):
+        resume(learn, tmp_path, cbs)
+
+
+def test_persistent_workers_of_others_are_told(tmp_path):
+    "They draw once for all epochs, so the order cannot be drawn again"
+    d, T = data(), torch.utils.data.DataLoader
+    train = T(d.train.dataset, 8, shuffle=True, num_workers=1, persistent_workers=True)
+    learn = learner(dls=DataLoaders(train, d.valid))
+    cbs = interrupted(tmp_path, learn)
+    with pytest.warns(UserWarning, match='its workers persist'): resume(learn, tmp_path, cbs)
+    assert len(learn[Recorder].losses) == 10
+
+
+def test_a_loader_that_has_become_shorter_is_told(tmp_path):
+    class Shorter:
+        "So many batches, whatever it says of them"
+        def __init__(self, n): self.batches, self.n = list(data().train), n
+        def __len__(self): return 5
+        def __iter__(self): return iter(self.batches[:self.n])
+    cbs = interrupted(tmp_path, learner(dls=DataLoaders(Shorter(5)), metrics=()), stop=(1, 3))
+    short = learner(dls=DataLoaders(Shorter(2)), metrics=())
+    with pytest.raises(ValueError, match='the loader has 2 batches, and 3 were done'): resume(short, tmp_path, cbs)
+
+
+def test_freed(tmp_path):
+    learn = learner()
+    cbs = interrupted(tmp_path, learn)
+    resume(learn, tmp_path, cbs)
+    gone = weakref.ref(learn)
+    del learn
+    assert gone() is None
+
+
+class Wrapped:
+    "A loader of others around one with a generator"
+    def __init__(self, dl): self.inner = dict(dl=[dl])
+    def __len__(self): return len(self.inner['dl'][0])
+    def __iter__(self): yield from self.inner['dl'][0]
+
+
+class Shaken(torch.utils.data.Dataset):
+    "Samples that are changed by a generator in a transform"
+    def __init__(self, rng): self.transform = partial(self.shake, rng=rng)
+    def shake(self, x, rng): return x + float(rng.normal())
+    def __len__(self): return 20
+    def __getitem__(self, i): return self.transform(torch.full((4,), i / 10)), torch.tensor(i % 3)
+
+
+class Masters(optim.Optimizer):
+    "SGD on exact copies of rounded weights"
+    def __init__(self, params, lr): super().__init__(params, dict(lr=lr))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                exact = self.state[p].setdefault('exact', p.float())
+                p.copy_(exact.sub_(group['lr'] * p.grad.float()))
+
+
+def wrapped():
+    rng, g = np.random.default_rng(0), torch.Generator().manual_seed(1)
+    inner = torch.utils.data.DataLoader(Shaken(rng), 8, shuffle=True, generator=g)
+    return DataLoaders(Wrapped(inner), data().valid), [rng, g]
+
+
+def joined():
+    rng = np.random.default_rng(0)
+    both = torch.utils.data.ConcatDataset([Shaken(rng), Shaken(rng)])
+    return DataLoaders(DataLoader(both, 8), data().valid), [rng]
+
+
+def rounded():
+    return DataLoaders(*([(x.bfloat16(), y) for x, y in dl] for dl in (data().train, data().valid))), []
+
+
+@pytest.mark.parametrize('dls, opt, dtype', [
+    (wrapped, optim.SGD, torch.float32), (joined, optim.SGD, torch.float32), (rounded, Masters, torch.bfloat16)])
+def test_resume_and_sweep_with_state_in_odd_places(dls, opt, dtype, tmp_path):
+    "Generators that no loader has are named; what the optimizer keeps stays exact"
+    def made():
+        loaders, generators = dls()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+        return learner(opt, dls=loaders, model=model, generators=generators)
+    def exact(learn): return [s['exact'] for s in learn.opt.state.values() if s]
+    whole = made()
+    torch.manual_seed(5)
+    whole.fit(2)
+    swept = made()
+    lr_find(swept, n=8)
+    torch.manual_seed(5)
+    swept.fit(1)
+    lr_find(swept, n=8)
+    assert swept[Recorder].losses == whole[Recorder].losses[:len(swept[Recorder].losses)]
+    assert all(t.dtype == torch.float32 for t in exact(swept))
+    first, keep = made(), Checkpoint(tmp_path, unit='batch')
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match='stop'): first.fit(2, cbs=[keep, Stop(1, 1)])
+    again = made()
+    resume(again, tmp_path, cbs=type('Stop', (Callback,), {})())
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    assert all(map(torch.equal, exact(whole), exact(again)))
+
+
+def test_a_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keep = Checkpoint('here')
+    monkeypatch.chdir('/')
+    learner().fit(1, cbs=keep)
+    assert len(list((tmp_path / 'here').iterdir())) == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='two Checkpoints'):
+        learner().fit(1, cbs=[Checkpoint('here'), Checkpoint(tmp_path / 'here')])
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason='there is no accelerator')
+def test_on_an_accelerator(tmp_path):
+    "A sweep as the first thing that a Learner does, and a fit that goes on from a file"
+    right = Metric(lambda p, t: (p.argmax(-1) == t).float().mean(), 'right', average=False)
+    whole, broken, again = (learner(optim.Adam, metrics=right) for _ in range(3))
+    assert lr_find(broken, n=8).losses
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again)) and whole[Recorder].rows == again[Recorder].rows
+    assert next(again.model.parameters()).device.type != 'cpu'
+
+
+def test_a_bare_loop_has_checkpoints_too(tmp_path):
+    "Without the callbacks of a Learner, validation set or monitor"
+    def made():
+        torch.manual_seed(0)
+        return TrainingLoop(DataLoaders(data().train), nn.Linear(4, 3), F.cross_entropy, optim.Adam, .1)
+    whole, broken, again = made(), made(), made()
+    whole.fit(2)
+    cbs = interrupted(tmp_path, broken, monitor=None)
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again))
+
+
+def test_a_loss_with_parameters_goes_on(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+        def forward(self, pred, target): return F.cross_entropy(pred * self.scale, target)
+    def made():
+        learn = learner(optim.Adam)
+        learn.loss_func = Scaled()
+        return learn
+    whole, broken, again = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    lr_find(again, n=8)
+    assert again.loss_func.scale == 1
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again)) and again.loss_func.scale == whole.loss_func.scale != 1
+
+
+def test_a_short_epoch_goes_on(tmp_path):
+    "Its batches are counted from the first one"
+    whole, broken, again = (learner() for _ in range(3))
+    torch.manual_seed(4)
+    whole.fit(2, cbs=ShortEpoch(4))
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken, [ShortEpoch(4)])
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    assert len(again[Recorder].losses) == 8
+
+
+# the same fit, or another
+
+def plain(n=20, bs=8, shift=0., seed=1, **kwargs):
+    "No generator but PyTorch's own"
+    torch.manual_seed(seed)
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)) + shift
+    return learner(dls=DataLoaders(DataLoader(Dataset(x, x.argmax(1) % 3), bs, shuffle=True)), metrics=(), **kwargs)
+
+
+@pytest.mark.parametrize('unit', ['batch', 'epoch'])
+@pytest.mark.parametrize('changed, match', [
+    (dict(n=24), 'batch 1 of the pass has other values|has the shapes'), (dict(bs=7), r'shapes \[\[7, 4\], \[7\]\] and had'),
+    (dict(shift=1.), 'batch 1 of the pass has other values')])
+def test_other_data(changed, match, unit, tmp_path):
+    "With the same number of batches"
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, plain(), unit=unit, stop=(1, 1))
+    other = plain(**changed)
+    weights, numbers = state(other), drawn(other)
+    with pytest.raises(ValueError, match=match): resume(other, tmp_path, cbs)
+    assert same(state(other), weights) and not other.opt.state and torch.equal(drawn(other)[2], numbers[2])
+    resume(other, tmp_path, cbs, same_data=False)
+    assert len(other[Recorder].losses) == 6
+
+
+def test_the_last_batch_is_looked_at(tmp_path):
+    "Where the first is the same"
+    class Batches:
+        def __init__(self, change): self.change = change
+        def __len__(self): return 5
+        def __iter__(self): return ((x + self.change * (i == 2), y) for i, (x, y) in enumerate(made))
+    made = list(data().train)
+    cbs = interrupted(tmp_path, learner(dls=DataLoaders(Batches(0)), metrics=()), stop=(1, 3))
+    with pytest.raises(ValueError, match='batch 3 of the pass has other values'):
+        resume(learner(dls=DataLoaders(Batches(1)), metrics=()), tmp_path, cbs)
+
+
+def test_batches_that_no_file_can_hold(tmp_path):
+    "Nobody can tell whether they are the same, so they are taken for it"
+    class Odd:
+        def __init__(self, x): self.x = x
+        def __len__(self): return len(self.x)
+        def to(self, device, non_blocking=False): return self
+    batches = [(Odd(torch.randn(8, 4)), torch.arange(8) % 3) for _ in range(5)]
+    class Model(nn.Linear):
+        def forward(self, odd): return super().forward(odd.x)
+    def made(): return learner(dls=DataLoaders(batches), model=Model(4, 3), metrics=())
+    whole, again, broken = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    resume(again, tmp_path, interrupted(tmp_path, broken))
+    assert same(state(whole), state(again))
+
+
+def test_a_batch_that_a_callback_changes_in_place(tmp_path):
+    "What came from the loader counts"
+    class Doubles(Callback):
+        def before_batch(self, learn): learn.batch[0].mul_(2)
+    whole, again, broken = learner(), learner(), learner()
+    torch.manual_seed(4)
+    whole.fit(2, cbs=Doubles())
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken, [Doubles()])
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again))
+
+
+class Counting(torch.utils.data.Sampler):
+    "An order of its own for each epoch, from a count and no generator"
+    def __init__(self, n, name): self.n, self.name = n, name; setattr(self, name, 0)
+    def __len__(self): return self.n
+    def __iter__(self):
+        setattr(self, self.name, getattr(self, self.name) + 1)
+        return iter(torch.randperm(self.n, generator=torch.Generator().manual_seed(getattr(self, self.name))).tolist())
+
+
+@pytest.mark.parametrize('stop', [(1, 2), (2, 0)])
+def test_a_sampler_that_counts_epochs(stop, tmp_path):
+    "Kept where it calls the count `epoch`, as PyTorch's distributed one does, and refused where nobody can know"
+    def made(name):
+        loaders = data()
+        loaders.train = DataLoader(loaders.train.dataset, 8, sampler=Counting(40, name))
+        return learner(dls=loaders)
+    whole, again, broken, other = made('epoch'), made('epoch'), made('epoch'), made('turn')
+    torch.manual_seed(4)
+    whole.fit(3)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path / 'a', broken, epochs=3, stop=stop)
+    resume(again, tmp_path / 'a', cbs)
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    cbs = interrupted(tmp_path / 'b', other, epochs=3, stop=stop)
+    with pytest.raises(ValueError, match='batch 1 of the pass has other values; .*order'):
+        resume(made('turn'), tmp_path / 'b', cbs)
+
+
+def test_a_hidden_state_goes_on(tmp_path):
+    "In plain attributes of the model: tensors, structures of them, counts"
+    class Carrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.out, self.h, self.n = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3), None, 0
+        def forward(self, x):
+            out, (h, c) = self.rnn(x[:, None], self.h if self.h and self.h[0].shape[1] == len(x) else None)
+            self.h, self.n = (h.detach(), c.detach()), self.n + 1
+            return self.out(out[:, 0]) / (1 + .1 * self.n)
+    def made(): return learner(dls=DataLoaders(data().train), model=Carrying(), metrics=())
+    whole, again, broken = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    resume(again, tmp_path, cbs)
+    assert whole[Recorder].losses == again[Recorder].losses and again.model.n == whole.model.n == 10
+
+
+def test_a_second_optimizer_goes_on(tmp_path):
+    class Two(Learner):
+        def __init__(self, dls, m):
+            super().__init__(dls, m, F.cross_entropy, progress=False)
+            self.opt, self.opt2 = optim.Adam(m[0].parameters()), optim.Adam(m[1].parameters())
+        def step(self): super().step(); self.opt2.step()
+        def zero_grad(self): super().zero_grad(); self.opt2.zero_grad()
+    def made():
+        torch.manual_seed(0)
+        return Two(data(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
+    whole, again, broken = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    resume(again, tmp_path, cbs)
+    assert whole[Recorder].losses == again[Recorder].losses and same(state(whole), state(again))
+
+
+@pytest.mark.parametrize('stop', [(1, 2), (1, 0)])
+def test_more_epochs(stop, tmp_path, recwarn):
+    "Without a schedule the fit is that of more epochs; one that is over can go on too"
+    longer, broken, first, again, over = (learner() for _ in range(5))
+    torch.manual_seed(4)
+    longer.fit(3)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path / 'a', broken, stop=stop)
+    resume(again, tmp_path / 'a', cbs, n_epochs=3)
+    assert same(state(longer), state(again)) and 'of 3, ' in messages(recwarn)
+    assert '2 epochs were planned' in messages(recwarn)
+    torch.manual_seed(4)
+    first.fit(2, cbs=Checkpoint(tmp_path / 'b'))
+    resume(over, tmp_path / 'b', n_epochs=3)
+    assert same(state(longer), state(over)) and len(over[Recorder].rows) == 3
+
+
+def test_schedules_stretch_over_more_epochs(tmp_path, recwarn):
+    cbs = interrupted(tmp_path, learner(), [ParamScheduler(flat_cos(.1))], stop=(1, 0))
+    again = learner()
+    resume(again, tmp_path, cbs, n_epochs=4)
+    assert len(again[Recorder].lrs) == 20 and again[Recorder].lrs[-1] < 1e-5 and 'stretch' in messages(recwarn)
+
+
+def test_other_patience(tmp_path, recwarn):
+    cbs = interrupted(tmp_path, learner(), [EarlyStopping(patience=2)])
+    resume(learner(), tmp_path, [EarlyStopping(patience=5), *cbs[1:]])
+    assert "'patience': 5" in messages(recwarn) and "'patience': 2" in messages(recwarn)
+    with pytest.raises(ValueError, match='EarlyStopping'):
+        resume(learner(), tmp_path, [EarlyStopping(patience=5, min_delta=.1), *cbs[1:]])
+
+
+def test_a_new_callback_is_told(tmp_path, recwarn):
+    cbs = interrupted(tmp_path, learner())
+    resume(learner(), tmp_path, [GradientAccumulation(2), *cbs])
+    assert 'the interrupted fit had no GradientAccumulation' in messages(recwarn)
+
+
+# the folder
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path)), monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    learner().fit(1, cbs=Checkpoint('~/runs/a'))
+    assert [p.name for p in (tmp_path / 'runs/a').iterdir()] == ['fit000_epoch0000_done.safetensors']
+    assert not (tmp_path / '~').exists()
+    resume(learner(), '~/runs/a')
+
+
+def test_no_fsync_of_folders(tmp_path, monkeypatch):
+    "As on SMB, VirtualBox or FUSE mounts"
+    real = os.fsync
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode): raise OSError(errno.EINVAL, 'Invalid argument')
+        real(handle)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    learner().fit(2, cbs=Checkpoint(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_usual_permissions(tmp_path):
+    learner().fit(1, cbs=Checkpoint(tmp_path / 'runs'))
+    (tmp_path / 'usual').touch()
+    made, = (tmp_path / 'runs').iterdir()
+    assert made.stat().st_mode == (tmp_path / 'usual').stat().st_mode
+
+
+def test_mode_is_needed_for_a_metric(tmp_path):
+    with pytest.raises(ValueError, match="'accuracy'"): Checkpoint(tmp_path, monitor='accuracy')
+    keep = Checkpoint(tmp_path, monitor='made', mode='max', keep=1)
+    learn = learner(cbs=[Rows([1., 3., 2.]), keep])
+    learn.fit(3)
+    assert keep.best.name == 'fit000_epoch0001_done.safetensors' and len(list(tmp_path.iterdir())) == 2
+
+
+def test_load_the_best(tmp_path):
+    "Weights of a checkpoint, tied ones and those of a loss too; those of another model are refused"
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+        def forward(self, pred, target): return F.cross_entropy(pred * self.scale, target)
+    def made(loss=None, n=4):
+        learn = learner(optim.Adam, model=nn.Sequential(nn.Linear(4, n), nn.Linear(n, 4), nn.Linear(4, 3)))
+        if n == 4: learn.model[1].weight = learn.model[0].weight
+        if loss: learn.loss_func = loss
+        return learn
+    for loss in None, Scaled():
+        keep = Checkpoint(tmp_path / str(loss))
+        learn, other = made(loss), made(Scaled() if loss else None)
+        learn.fit(1, cbs=keep)
+        other.load(keep.best)
+        assert same(state(learn), state(other)) and other.model[1].weight is other.model[0].weight
+    wide = made(n=5)
+    before = state(wide)
+    with pytest.raises(ValueError, match='of this model'): wide.load(keep.best)
+    assert same(state(wide), before)
+    assert Checkpoint(tmp_path).best is None

@@ -1,0 +1,73 @@
+"""The format of checkpoints, where a page has no room."""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlfound import packed
+from dlfound.packed import load_packed, pack, save_packed, unpack
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+keys = st.text(max_size=3) | st.integers() | st.booleans()
+trees = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(keys, x, max_size=3),
+                     max_leaves=12)
+
+
+def equal(a, b):
+    if type(a) is not type(b): return False
+    if isinstance(a, float): return a == b and math.copysign(1, a) == math.copysign(1, b) or a != a and b != b
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict): return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, torch.Tensor):
+        alike = a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
+        return alike and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, np.ndarray): return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+def back(x): return unpack(*pack(x))
+
+
+@settings(max_examples=150)
+@given(trees)
+def test_everything_comes_back(x): assert equal(back(x), x)
+
+
+@pytest.mark.parametrize('x', [{'$tensor': 1}, {'$items': [], 2: 3}, {1: {'a': (1, 2)}, '1': 2},
+                               {True: 0, 'b': {None: 1}}], ids=str)
+def test_dollars_and_odd_keys(x): assert equal(back(x), x)
+
+
+@pytest.mark.parametrize('dtype', [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64,
+    torch.complex128, torch.float8_e4m3fn])
+def test_tensors_come_back(dtype, tmp_path):
+    made = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(dtype)
+    narrow = torch.zeros(4, 3, 1, 1).to(dtype).to(memory_format=torch.channels_last)
+    tensors = [made, made.to(memory_format=torch.channels_last), made[:, 1], made[..., ::2], made.transpose(0, 1),
+               made[0, 0, 0, 0], made[:0], torch.zeros(3, 0, 2, dtype=dtype), narrow]
+    save_packed(tmp_path / 'x', tensors)
+    wide = torch.Tensor.float if 'float8' in str(dtype) else lambda t: t
+    for a, b in zip(tensors, load_packed(tmp_path / 'x')):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        assert torch.equal(wide(a), wide(b))
+    expanded = made[:, :1].expand(2, 3, 4, 4)
+    assert torch.equal(wide(back(expanded)), wide(expanded)) and back(expanded).is_contiguous()
+
+
+def test_numpy_and_generators_come_back():
+    states = np.random.get_state(), np.random.default_rng(3).bit_generator.state, random.getstate()
+    for x in *states, np.float32(.1).item(), np.arange(3, dtype='uint32'): assert equal(back(x), x)
+    assert back(np.float64(.1)) == .1 and back(np.int64(3)) == 3 and back(torch.Size([1, 2])) == (1, 2)
+    for bad in {1, 2}, object(), torch.float32, torch.eye(2).to_sparse():
+        with pytest.raises(TypeError, match='state.a'): pack(dict(state=dict(a=bad)))
+
+
+def test_tied_tensors_are_stored_once():
+    t = torch.randn(5)
+    text, tensors = pack(dict(a=t, b=t, c=t.view(5), d=t[1:]))
+    assert list(tensors) == ['a', 'd'] and text.count('"$tensor": "a"') == 3
