@@ -117,6 +117,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'dlfound.checkpoint._compare': ('checkpoint.html#_compare', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._found': ('checkpoint.html#_found', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._identity': ('checkpoint.html#_identity', 'dlfound/checkpoint.py'),
+                                    'dlfound.checkpoint._look': ('checkpoint.html#_look', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._newest': ('checkpoint.html#_newest', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._owners': ('checkpoint.html#_owners', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._parts': ('checkpoint.html#_parts', 'dlfound/checkpoint.py'),

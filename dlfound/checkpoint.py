@@ -44,9 +44,8 @@ def _newest(folder: Path) -> tuple[Path, Any]:
     raise FileNotFoundError(f'there is no whole checkpoint in {folder.name}; '
                             'was Checkpoint among the callbacks?')
 
-# %% ../nbs/04f_checkpoint.ipynb #c6675ce5
-def _owners(learn: TrainingLoop) -> tuple[Any, ...]:
-    "Where a fit may draw random numbers from"
+# %% ../nbs/04f_checkpoint.ipynb #c9661db7
+def _owners(learn: TrainingLoop) -> tuple[Any, ...]: # Of generators, which a fit draws from
     return learn.dls.train, learn.dls.valid, *learn.generators
 
 def _settings(cb: Callback) -> dict[str, Any]:
@@ -66,23 +65,26 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
-# %% ../nbs/04f_checkpoint.ipynb #bc14eca2
+# %% ../nbs/04f_checkpoint.ipynb #aee3b9f8
+def _look(n: int, batch: Any) -> Any:
+    "The fingerprint of batch `n`; after the first, whose inputs come out as they were, of its target"
+    return fingerprint(batch[-1] if n > 1 and isinstance(batch, (tuple, list)) else batch)
+
 def _compare(n: int, batch: Any, seen: Mapping[int, Any]) -> None:
     "ValueError if batch `n` of a pass is another than the one that the interrupted fit saw"
-    was, now = seen.get(n), fingerprint(batch)
-    if not was or not now or was == now: return
+    if not (was := seen.get(n)) or not (now := _look(n, batch)) or was == now: return
     other = f'the shapes {now[0]} and had {was[0]}' if now[0] != was[0] else 'other values'
     raise ValueError(f'batch {n} of the pass has {other}; use the same data, batch size and '
                      'order, or say resume(…, same_data=False)')
 
-# %% ../nbs/04f_checkpoint.ipynb #44749690
+# %% ../nbs/04f_checkpoint.ipynb #c533ee18
 class _Pass:
     "A training pass over a loader, which may begin after the batches that are done"
     def __init__(self, dl: Any, owners: tuple[Any, ...]):
         self.dl, self.owners, self.start = dl, owners, random_state(*owners) # As the pass begins
-        self.done, self.now = 0, cast(list[Any], []) # Batches, and the random state after them
-        self.seen = dict[int, Any]() # Contents of the first batch, and of those that are due
-        self.due = list[Callable[[int], bool]]()
+        self.done, self.due = 0, list[Callable[[int], bool]]() # After which batches is a file due?
+        self.seen = dict[int, Any]() # Fingerprints of the first batch, and of those
+        self.now = self.start # After the batches that are done
     def __getattr__(self, name: str) -> Any: return getattr(self.dl, name)
     def __len__(self) -> int: return len(self.dl)
 
@@ -106,7 +108,7 @@ class _Pass:
                 if n <= self.done: _compare(n, batch, self.seen)
                 if n == self.done: set_random_state(self.now, *self.owners)
                 if n <= self.done: continue
-                if n == 1 or any(due(n) for due in self.due): self.seen[n] = fingerprint(batch)
+                if n == 1 or any(due(n) for due in self.due): self.seen[n] = _look(n, batch)
                 yield batch
         if n < self.done: raise ValueError(f'the loader has {n} batches, and {self.done} were done')
 
@@ -116,7 +118,7 @@ def _parts(learn: TrainingLoop) -> dict[str, Any]:
     return {k: v for k, v in vars(learn).items() if hasattr(v, 'load_state_dict')
             and k not in ('model', 'loss_func', 'opt') and not isinstance(v, type)}
 
-# %% ../nbs/04f_checkpoint.ipynb #8eab3659
+# %% ../nbs/04f_checkpoint.ipynb #21daee85
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
     order, kept = inf, ('fit', 'names', 'lowest', 'best_name')
@@ -171,17 +173,17 @@ class Checkpoint(Callback):
         n = learn.epoch + 1
         if self.unit == 'batch' or n == learn.n_epochs or n % self.every == 0: self._save(learn)
 
-    def _save(self, learn: TrainingLoop, batch: int | None = None) -> None: # `None`: the epoch is over
+    def _save(self, learn: TrainingLoop, batch: int | None = None) -> None: # `None`: epoch over
         stage = 'done' if batch is None else f'batch{batch:08}'
         name = f'fit{self.fit:03}_epoch{learn.epoch:04}_{stage}.safetensors'
         self.names = [n for n in self.names if n != name] + [name]
         value = self._result.value(learn) if self._result and batch is None else inf
         if value < self.lowest: self.lowest, self.best_name = value, name
-        start, seen = (None, {}) if self._pass is None else (self._pass.start, self._pass.seen)
+        p = self._pass if self._pass is not None else _Pass(learn.dl, _owners(learn))
         save_packed(self.folder / name, dict(
-            epoch=learn.epoch, batch=batch, n_epochs=learn.n_epochs, lr=learn.fit_lr, start=start,
-            seen={n: x for n, x in seen.items() if n in (1, batch)}, state=learn.state_dict(),
-            attributes=attribute_state(learn.module), identity=_identity(learn),
+            epoch=learn.epoch, batch=batch, n_epochs=learn.n_epochs, lr=learn.fit_lr,
+            start=p.start, seen={n: p.seen[n] for n in p.seen if n in (1, batch)},
+            state=learn.state_dict(), attributes=attribute_state(learn.module), identity=_identity(learn),
             parts={k: x.state_dict() for k, x in _parts(learn).items()}))
         gone = [n for n in self.names[:-self.keep] if n != self.best_name]
         for n in gone: (self.folder / n).unlink(missing_ok=True)
@@ -212,7 +214,7 @@ def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> No
         set_random_state(saved['start'], *_owners(learn))
         with open_batches(dl) as batches: _compare(1, next(batches, None), saved['seen'])
 
-# %% ../nbs/04f_checkpoint.ipynb #5eb90da2
+# %% ../nbs/04f_checkpoint.ipynb #acabf5bf
 class _Resume(Callback):
     "Brings a loop to where a checkpoint was written"
     order = inf
@@ -222,8 +224,7 @@ class _Resume(Callback):
     def _load(self, learn: TrainingLoop) -> None:
         learn.load_state_dict(self.saved['state'])
         load_attribute_state(learn.module, self.saved['attributes'])
-        parts = _parts(learn)
-        for k, state in self.saved['parts'].items(): load_opt_state(parts[k], state)
+        for k, state in self.saved['parts'].items(): load_opt_state(vars(learn)[k], state)
 
     def before_fit(self, learn: TrainingLoop) -> None:
         _check(learn, self.saved, self.same_data)
@@ -237,7 +238,7 @@ class _Resume(Callback):
         learn.dl.go_on(self.saved, self.same_data)
         self.batch = None # Only the first pass begins in the middle
 
-# %% ../nbs/04f_checkpoint.ipynb #1035c492
+# %% ../nbs/04f_checkpoint.ipynb #4afea9b2
 def resume(
     learn: TrainingLoop, # A Learner made as the one whose fit was interrupted, or that one itself
     path: str | os.PathLike[str], # A checkpoint, or a folder: its newest whole one
@@ -255,4 +256,5 @@ def resume(
     warnings.warn(f'{path.name}: the fit {where}', stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'the optimizer goes on') # With what the file has
-        learn.fit(n, saved['lr'], [*Callbacks(cbs), _Resume(saved, same_data)], start=(epoch, batch))
+        cbs = [*Callbacks(cbs), _Resume(saved, same_data)]
+        learn.fit(n, saved['lr'], cbs, start=(epoch, batch))

@@ -249,7 +249,6 @@ def test_refusals(tmp_path, monkeypatch):
         assert str(drawn(learn)) == str(rng)
     wide = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(.2), nn.Linear(9, 3))
     refused(r'model.0.weight is \(9, 4, .* here and \(8, 4', learner(model=wide))
-    refused('missing in the state', learner(model=nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3))))
     refused('float64', learner(model=learner().model.double()))
     refused('the optimizer: Adam, and SGD in the interrupted fit', learner(optim.Adam))
     refused(r'batches in dls.train and dls.valid: \[10, 2\], and \[5, 2\]', learner(dls=data(80)))
@@ -488,7 +487,7 @@ def plain(n=20, bs=8, shift=0., seed=1, **kwargs):
 
 @pytest.mark.parametrize('unit', ['batch', 'epoch'])
 @pytest.mark.parametrize('changed, match', [
-    (dict(n=24), 'batch 1 of the pass has other values|has the shapes'), (dict(bs=7), r'shapes \[\[7, 4\], \[7\]\] and had'),
+    (dict(n=24), 'batch 1 of the pass has other values'), (dict(bs=7), r'shapes \[\[7, 4\], \[7\]\] and had'),
     (dict(shift=1.), 'batch 1 of the pass has other values')])
 def test_other_data(changed, match, unit, tmp_path):
     "With the same number of batches"
@@ -507,7 +506,7 @@ def test_the_last_batch_is_looked_at(tmp_path):
     class Batches:
         def __init__(self, change): self.change = change
         def __len__(self): return 5
-        def __iter__(self): return ((x + self.change * (i == 2), y) for i, (x, y) in enumerate(made))
+        def __iter__(self): return ((x, (y + self.change * (i == 2)) % 3) for i, (x, y) in enumerate(made))
     made = list(data().train)
     cbs = interrupted(tmp_path, learner(dls=DataLoaders(Batches(0)), metrics=()), stop=(1, 3))
     with pytest.raises(ValueError, match='batch 3 of the pass has other values'):
@@ -523,7 +522,9 @@ def test_batches_that_no_file_can_hold(tmp_path):
     batches = [(Odd(torch.randn(8, 4)), torch.arange(8) % 3) for _ in range(5)]
     class Model(nn.Linear):
         def forward(self, odd): return super().forward(odd.x)
-    def made(): return learner(dls=DataLoaders(batches), model=Model(4, 3), metrics=())
+    def made():
+        torch.manual_seed(0)
+        return learner(dls=DataLoaders(batches), model=Model(4, 3), metrics=())
     whole, again, broken = made(), made(), made()
     torch.manual_seed(4)
     whole.fit(2)
