@@ -65,9 +65,9 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
-# %% ../nbs/04f_checkpoint.ipynb #aee3b9f8
+# %% ../nbs/04f_checkpoint.ipynb #996f3254
 def _look(n: int, batch: Any) -> Any:
-    "The fingerprint of batch `n`; after the first, whose inputs come out as they were, of its target"
+    "The fingerprint of the first batch; of a later one, whose inputs may be random, of its target"
     return fingerprint(batch[-1] if n > 1 and isinstance(batch, (tuple, list)) else batch)
 
 def _compare(n: int, batch: Any, seen: Mapping[int, Any]) -> None:
@@ -118,7 +118,7 @@ def _parts(learn: TrainingLoop) -> dict[str, Any]:
     return {k: v for k, v in vars(learn).items() if hasattr(v, 'load_state_dict')
             and k not in ('model', 'loss_func', 'opt') and not isinstance(v, type)}
 
-# %% ../nbs/04f_checkpoint.ipynb #21daee85
+# %% ../nbs/04f_checkpoint.ipynb #189794e5
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
     order, kept = inf, ('fit', 'names', 'lowest', 'best_name')
@@ -183,8 +183,8 @@ class Checkpoint(Callback):
         save_packed(self.folder / name, dict(
             epoch=learn.epoch, batch=batch, n_epochs=learn.n_epochs, lr=learn.fit_lr,
             start=p.start, seen={n: p.seen[n] for n in p.seen if n in (1, batch)},
-            state=learn.state_dict(), attributes=attribute_state(learn.module), identity=_identity(learn),
-            parts={k: x.state_dict() for k, x in _parts(learn).items()}))
+            state=learn.state_dict(), attributes=attribute_state(learn.module),
+            identity=_identity(learn), parts={k: x.state_dict() for k, x in _parts(learn).items()}))
         gone = [n for n in self.names[:-self.keep] if n != self.best_name]
         for n in gone: (self.folder / n).unlink(missing_ok=True)
         self.names = [n for n in self.names if n not in gone]

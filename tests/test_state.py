@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from dlfound.state import (load_module_state, load_opt_state, map_tensors, module_state, modes_kept, random_kept,
-                           random_state, set_random_state)
+from dlfound.state import (attribute_state, load_attribute_state, load_module_state, load_opt_state, map_tensors,
+                           module_state, modes_kept, random_kept, random_state, set_random_state)
 
 Pair = namedtuple('Pair', 'x y')
 
@@ -432,3 +432,43 @@ def test_a_look_leaves_no_trace(error):
     got = draw_all(), own.draw()
     set_random_state(states, own)
     assert (draw_all(), own.draw()) == got
+
+
+# plain attributes
+
+class Carrying(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l, self.h, self.n, self.drop = nn.Linear(2, 2), None, 0, nn.Dropout(.1)
+        self.other = object()
+
+
+def test_plain_attributes_come_back():
+    a, b = Carrying(), Carrying()
+    a.h, a.n, a.drop.p = [(torch.ones(2), {'c': torch.zeros(1)})], 7, .4
+    a.eval()
+    load_attribute_state(b, attribute_state(a))
+    assert (b.n, b.drop.p) == (7, .4) and torch.equal(b.h[0][0], torch.ones(2)) and b.training and b.drop.training
+    assert 'other' not in attribute_state(a)[''] and b.other is not a.other
+    load_attribute_state(b, {'nowhere': dict(n=8)})
+    assert b.n == 7
+
+
+def test_tensors_among_them_go_where_the_parameters_are():
+    a, b = Carrying(), Carrying().to('meta')
+    a.h = torch.ones(2)
+    load_attribute_state(b, attribute_state(a))
+    assert b.h.device.type == 'meta'
+
+
+def test_a_sampler_that_counts_epochs():
+    class ByEpoch(torch.utils.data.Sampler):
+        epoch = 3
+        def __len__(self): return 4
+        def __iter__(self): return iter(range(4))
+    inner = ByEpoch()
+    dl = torch.utils.data.DataLoader(range(4), batch_sampler=torch.utils.data.BatchSampler(inner, 2, False))
+    states = random_state(dl)
+    inner.epoch = 5
+    set_random_state(states, dl)
+    assert inner.epoch == 3
