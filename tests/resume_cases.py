@@ -59,10 +59,20 @@ class Lazy:
             yield (i + int(self.rng.integers(self.n))) % self.n
 
 
+class Counting:
+    "A sampler whose order depends on a count of epochs, and on no generator"
+    def __init__(self, n): self.n, self.epoch = n, 0
+    def __len__(self): return self.n
+    def __iter__(self):
+        self.epoch += 1
+        return iter(torch.randperm(self.n, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
 class Net(nn.Module):
     "Batch norm, dropout, a buffer that is not saved by PyTorch, tied weights, and on request channels last"
-    def __init__(self, conv=False):
+    def __init__(self, conv=False, hidden=False):
         super().__init__()
+        self.hidden, self.h, self.calls = hidden, None, 0
         self.conv = nn.Conv2d(6, 6, (2, 1)) if conv else None
         self.l1, self.bn, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(.3)
         self.l2, self.l3 = nn.Linear(6, 6), nn.Linear(6, 3)
@@ -72,10 +82,34 @@ class Net(nn.Module):
 
     def forward(self, x):
         if self.training: self.seen = self.seen + x.mean()
+        if self.hidden:
+            if self.h is not None: x = x + .1 * self.h['mean'][0] + .01 * self.calls
+            self.h, self.calls = {'mean': (x.mean(0).detach(),)}, self.calls + 1
         if self.conv is not None:
             image = x[:, :, None, None].expand(-1, -1, 2, 3).contiguous(memory_format=torch.channels_last)
             x = self.conv(image).amax((2, 3))
         return self.l3(self.l2(self.drop(self.bn(self.l1(x)).relu())).relu()) + self.seen
+
+
+class Scaled(nn.Module):
+    "A loss with a parameter and a buffer"
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer('sum', torch.zeros(()))
+    def forward(self, pred, target):
+        if self.training: self.sum += pred.detach().mean()
+        return F.cross_entropy(pred * self.scale, target) + .01 * self.sum
+
+
+class Two(Learner):
+    "A second optimizer, for the last layer"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        *rest, weight, bias = self.model.parameters()
+        self.opt, self.opt2 = optim.Adam(rest, lr=.01), optim.Adam([weight, bias], lr=.02)
+    def step(self): super().step(); self.opt2.step()
+    def zero_grad(self): super().zero_grad(); self.opt2.zero_grad()
 
 
 def loaders(kind):
@@ -88,6 +122,8 @@ def loaders(kind):
     if kind == 'stream': return DataLoaders(DataLoader(Stream(x, y), bs), DataLoader(Stream(xv, yv), 2 * bs))
     lazy = DataLoader(noisy[0], bs, sampler=Lazy(len(x)))
     if kind == 'lazy': return DataLoaders(lazy, DataLoader(Dataset(xv, yv), bs))
+    counting = DataLoader(noisy[0], bs, sampler=Counting(len(x)))
+    if kind == 'counting': return DataLoaders(counting, DataLoader(Dataset(xv, yv), bs))
     if kind == 'list': return DataLoaders(list(zip(x.split(bs), y.split(bs))), list(zip(xv.split(bs), yv.split(bs))))
     T = torch.utils.data.DataLoader
     if kind == 'foreign': return DataLoaders(T(noisy[0], bs, shuffle=True), T(TensorDataset(xv, yv), bs))
@@ -114,6 +150,10 @@ fits = dict(  # loader, optimizer, convolution?, callbacks
         ParamScheduler({'lr': sched_lin(.1, .01)}), GradientAccumulation(2),
         EarlyStopping('accuracy', 'max', patience=2)]),
     replacing=('replacing', optim.Adam, False, lambda: [GradientClip(.5), EarlyStopping()]),
+    hidden=('tensors', optim.Adam, False, lambda: [ParamScheduler(flat_cos(.02))]),
+    two=('tensors', sgd, False, lambda: [GradientAccumulation(2)]),
+    loss=('seeded', optim.Adam, False, lambda: [ParamScheduler(cycle)]),
+    counting=('counting', sgd, False, lambda: [EarlyStopping(patience=2)]),
 )
 
 
@@ -136,9 +176,11 @@ class Killer(Callback):
 
 def made(name):
     "A Learner and its callbacks for the fit"
-    kind, opt, conv, cbs = fits[name]
+    _, opt, conv, cbs = fits[name]
     random.seed(7), np.random.seed(8), torch.manual_seed(9)
-    learn = Learner(loaders(kind), Net(conv), F.cross_entropy, opt, lr=.01, metrics=accuracy, progress=False)
+    net, loss = Net(conv, name == 'hidden'), Scaled() if name == 'loss' else F.cross_entropy
+    kind = Two if name == 'two' else Learner
+    learn = kind(loaders(fits[name][0]), net, loss, opt, lr=.01, metrics=accuracy, progress=False)
     random.random(), np.random.normal(), torch.rand(3)  # where a run is has no fixed place
     return learn, cbs()
 
@@ -146,7 +188,9 @@ def made(name):
 def everything(learn):
     "All that a fit leaves behind"
     rec, model = learn[Recorder], learn.model
-    return dict(weights=module_state(model), strides=[p.stride() for p in model.parameters()],
+    more = dict(loss=module_state(learn.loss_func), h=model.h, calls=model.calls)
+    if hasattr(learn, 'opt2'): more['opt2'] = learn.opt2.state_dict()
+    return dict(more, weights=module_state(model), strides=[p.stride() for p in model.parameters()],
                 opt=learn.opt.state_dict(), losses=rec.losses, lrs=rec.lrs, rows=rec.rows,
                 rng=random_state(learn.dls.train, learn.dls.valid), row=learn.row, epoch=learn.epoch,
                 tied=model.l1.weight is model.l2.weight)
