@@ -59,7 +59,7 @@ class Callback:
         "What a checkpoint keeps: numbers, strings, tensors, and lists and dicts of them"
         return {name: getattr(self, name) for name in self.kept}
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        "Be as the callback was whose `state_dict` this is"
+        "Take over what `state_dict` gave"
         for name, value in saved.items(): setattr(self, name, value)
 
     def __init_subclass__(cls) -> None:
@@ -291,7 +291,7 @@ class TrainingLoop:
                     position=dict(epoch=self.epoch, batch=self.iter, row=dict(self.row)))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        "Be as the loop was, callbacks by name, but for the position: it is an argument of `fit`"
+        "Take over what `state_dict` gave, all but the position: it is an argument of `fit`"
         state.load_module_state(self.module, saved['module'])
         state.load_opt_state(self.opt, saved['opt'])
         self.row = dict(saved['position']['row'])
