@@ -5,27 +5,27 @@
 # %% auto #0
 __all__ = ['Checkpoint', 'resume']
 
-# %% ../nbs/04f_checkpoint.ipynb #48c5d056
+# %% ../nbs/04f_checkpoint.ipynb #68f091e3
 import os
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from inspect import signature
-from itertools import repeat
+from itertools import count, repeat
 from math import inf
 from pathlib import Path
 from typing import Any, cast
 
-
 from .loader import DataLoader, length, open_batches
 from .loop import Callback, Callbacks, Cbs, TrainingLoop
-from .metrics import Metrics
-from .packed import Damaged, fingerprint, load_packed, save_packed
+from .metrics import Metrics, Recorder
+from .packed import Damaged, difference, fingerprint, load_packed, save_packed
 from .search import Monitor
 from .state import (attribute_state, load_attribute_state, load_opt_state, random_kept,
-                           random_state, set_random_state)
+                           random_state, set_random_state, stateful)
 
 # %% ../nbs/04f_checkpoint.ipynb #7218c4d6
 def _found(folder: Path) -> list[Path]:
@@ -44,16 +44,21 @@ def _newest(folder: Path) -> tuple[Path, Any]:
     raise FileNotFoundError(f'there is no whole checkpoint in {folder.name}; '
                             'was Checkpoint among the callbacks?')
 
-# %% ../nbs/04f_checkpoint.ipynb #c9661db7
+# %% ../nbs/04f_checkpoint.ipynb #8ba7f6f8
 def _owners(learn: TrainingLoop) -> tuple[Any, ...]: # Of generators, which a fit draws from
     return learn.dls.train, learn.dls.valid, *learn.generators
+
+def _parts(learn: TrainingLoop) -> dict[str, Any]:
+    "What hangs on the loop with a state of its own, such as a second optimizer"
+    own = learn.model, learn.loss_func, learn.opt
+    return {k: x for k, x in stateful(learn).items() if all(x is not known for known in own)}
 
 def _settings(cb: Callback) -> dict[str, Any]:
     "The plain arguments that one of the library's callbacks was made with"
     if isinstance(cb, Metrics): return dict(metrics=[m.name for m in cb.metrics])
     names = signature(type(cb)).parameters if type(cb).__module__.startswith('dlfound.') else ()
-    given = {k: vars(cb).get(k) for k in names}
-    return {k: v for k, v in given.items() if isinstance(v, (bool, int, float, str))}
+    plain = bool, int, float, str
+    return {k: vars(cb)[k] for k in names if isinstance(vars(cb).get(k), plain)}
 
 def _identity(learn: TrainingLoop) -> dict[str, Any]:
     "What must be the same where a fit goes on, by name"
@@ -62,66 +67,64 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
            if spare.isdisjoint(c.__name__ for c in type(cb).__mro__)}
     sizes = [len(group['params']) for group in learn.opt.param_groups]
     return {'the optimizer': type(learn.opt).__name__, 'parameters in its groups': sizes,
+            'the loss': getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__),
+            'layers': dict(Counter(type(m).__name__ for m in learn.model.modules())),
+            'parts with a state': list(_parts(learn)),
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
-# %% ../nbs/04f_checkpoint.ipynb #996f3254
-def _look(n: int, batch: Any) -> Any:
-    "The fingerprint of the first batch; of a later one, whose inputs may be random, of its target"
-    return fingerprint(batch[-1] if n > 1 and isinstance(batch, (tuple, list)) else batch)
-
-def _compare(n: int, batch: Any, seen: Mapping[int, Any]) -> None:
+# %% ../nbs/04f_checkpoint.ipynb #00de3475
+def _compare(n: int, batch: Any, was: Any) -> None:
     "ValueError if batch `n` of a pass is another than the one that the interrupted fit saw"
-    if not (was := seen.get(n)) or not (now := _look(n, batch)) or was == now: return
-    other = f'the shapes {now[0]} and had {was[0]}' if now[0] != was[0] else 'other values'
-    raise ValueError(f'batch {n} of the pass has {other}; use the same data, batch size and '
-                     'order, or say resume(…, same_data=False)')
+    if how := difference(was, batch):
+        raise ValueError(f'batch {n} of the pass has {how}; use the same data, batch size and '
+                         'order, or say resume(…, same_data=False)')
 
-# %% ../nbs/04f_checkpoint.ipynb #c533ee18
 class _Pass:
     "A training pass over a loader, which may begin after the batches that are done"
     def __init__(self, dl: Any, owners: tuple[Any, ...]):
         self.dl, self.owners, self.start = dl, owners, random_state(*owners) # As the pass begins
         self.done, self.due = 0, list[Callable[[int], bool]]() # After which batches is a file due?
-        self.seen = dict[int, Any]() # Fingerprints of the first batch, and of those
-        self.now = self.start # After the batches that are done
-    def __getattr__(self, name: str) -> Any: return getattr(self.dl, name)
+        self.first = self.last = None # Fingerprints of the first batch, and of the last such
+        self.before = self.now = self.start # When that one was about to be made, and after it
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dl': raise AttributeError(name) # While it is being copied
+        return getattr(self.dl, name)
     def __len__(self) -> int: return len(self.dl)
 
     def go_on(self, saved: Mapping[str, Any], same_data: bool) -> None:
         "Begin after the batches that were done when a checkpoint was written"
-        self.done, self.start, self.now = saved['batch'], saved['start'], saved['state']['random']
-        self.seen = dict(saved['seen']) if same_data else {}
+        self.done, self.now = saved['batch'], saved['state']['random']
+        self.start, self.before = saved['start'], saved['before']
+        self.first, self.last = (saved['first'], saved['last']) if same_data else (None, None)
 
     def __iter__(self) -> Iterator[Any]: # For each batch that is done, `None`
         yield from repeat(None, self.done)
-        left_out = max(self.done - 1, 0) if isinstance(self.dl, DataLoader) else 0
+        left_out = max(self.done - 2, 0) if isinstance(self.dl, DataLoader) else 0
         if self.done: set_random_state(self.start, *self.owners)
-        if left_out < self.done - 1:
+        if left_out < self.done - 2:
             kept = getattr(self.dl, 'persistent_workers', False)
             warnings.warn(f'{type(self.dl).__name__} cannot begin in the middle: {self.done} '
-                          'batches are made and left out' + kept * '; its workers persist, with a '
-                          'state that no checkpoint sees: the rest may come in another order')
-        n = left_out
+                          'batches are made and left out' + kept * '; its workers persist, and '
+                          'nobody sees their state: the rest may come in another order')
         with open_batches(self.dl, left_out) as batches:
-            for n, batch in enumerate(batches, left_out + 1):
-                if n <= self.done: _compare(n, batch, self.seen)
-                if n == self.done: set_random_state(self.now, *self.owners)
-                if n <= self.done: continue
-                if n == 1 or any(due(n) for due in self.due): self.seen[n] = _look(n, batch)
-                yield batch
-        if n < self.done: raise ValueError(f'the loader has {n} batches, and {self.done} were done')
+            for n in count(left_out + 1):
+                due = n > self.done and any(due(n) for due in self.due)
+                if due: self.before = random_state(*self.owners)
+                if n == self.done > 1: set_random_state(self.before, *self.owners)
+                if (batch := next(batches, self)) is self: break # There are no more
+                if n == self.done:
+                    _compare(n, batch, self.last)
+                    set_random_state(self.now, *self.owners)
+                if n == 1 > self.done and self.dl is self.owners[0]: self.first = fingerprint(batch)
+                if due: self.last = fingerprint(batch)
+                if n > self.done: yield batch
+        if n <= self.done: raise ValueError(f'only {n - 1} batches, and {self.done} were done')
 
-# %% ../nbs/04f_checkpoint.ipynb #ece32775
-def _parts(learn: TrainingLoop) -> dict[str, Any]:
-    "What hangs on the loop with a state of its own, such as a second optimizer"
-    return {k: v for k, v in vars(learn).items() if hasattr(v, 'load_state_dict')
-            and k not in ('model', 'loss_func', 'opt') and not isinstance(v, type)}
-
-# %% ../nbs/04f_checkpoint.ipynb #189794e5
+# %% ../nbs/04f_checkpoint.ipynb #bd6fd11d
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
-    order, kept = inf, ('fit', 'names', 'lowest', 'best_name')
+    order, kept, _pass = inf, ('names', 'lowest', 'best_name'), cast(Any, None)
     def __init__(
         self,
         folder: str | os.PathLike[str], # Made if there is none; files of other fits in it stay
@@ -137,22 +140,23 @@ class Checkpoint(Callback):
             raise ValueError(f'every and keep are whole numbers from 1, got {every!r} and {keep!r}')
         self.folder = Path(folder).expanduser().resolve()
         self.every, self.unit, self.keep, self.monitor = every, unit, keep, monitor
-        self._result = Monitor(monitor, mode) if monitor else None
-        self._pass: _Pass | None = None
+        self._monitor, self._judge = Monitor(monitor, mode) if monitor else None, False
         self.fit, self.names, self.lowest, self.best_name = 0, cast(list[str], []), inf, ''
 
     @property
-    def best(self) -> Path | None: # `None`: no epoch has had a result
+    def best(self) -> Path | None: # `None`: there is none, or not in this folder
         "The file of the best epoch; `learn.load` reads its weights, `resume` goes on from there"
-        return self.folder / self.best_name if self.best_name else None
+        path = self.folder / self.best_name
+        return path if path.is_file() else None
 
     def before_fit(self, learn: TrainingLoop) -> None:
         others = [cb for cb in learn.cbs if isinstance(cb, Checkpoint) and cb is not self]
         if any(cb.folder == self.folder for cb in others):
             raise ValueError(f'two Checkpoints write to {self.folder.name}; '
                              'give each a folder of its own')
-        if self.monitor == 'valid_loss' and learn.dls.valid is None: self._result = None
-        if self._result: self._result.check(learn)
+        recorded = learn.dls.valid is not None and any(isinstance(c, Recorder) for c in learn.cbs)
+        self._judge = self._monitor and (recorded or self.monitor != 'valid_loss')
+        if self._judge: self._monitor.check(learn)
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob('.fit*.part'): # Of processes that died while they wrote
             if time.time() - part.stat().st_mtime > 600: part.unlink(missing_ok=True)
@@ -177,21 +181,21 @@ class Checkpoint(Callback):
         stage = 'done' if batch is None else f'batch{batch:08}'
         name = f'fit{self.fit:03}_epoch{learn.epoch:04}_{stage}.safetensors'
         self.names = [n for n in self.names if n != name] + [name]
-        value = self._result.value(learn) if self._result and batch is None else inf
+        value = self._monitor.value(learn) if self._judge and batch is None else inf
         if value < self.lowest: self.lowest, self.best_name = value, name
-        p = self._pass if self._pass is not None else _Pass(learn.dl, _owners(learn))
+        p = _Pass(learn.dl, _owners(learn)) if self._pass is None else self._pass
         save_packed(self.folder / name, dict(
             epoch=learn.epoch, batch=batch, n_epochs=learn.n_epochs, lr=learn.fit_lr,
-            start=p.start, seen={n: p.seen[n] for n in p.seen if n in (1, batch)},
+            start=p.start, before=p.before, first=p.first, last=p.last, identity=_identity(learn),
             state=learn.state_dict(), attributes=attribute_state(learn.module),
-            identity=_identity(learn), parts={k: x.state_dict() for k, x in _parts(learn).items()}))
+            parts={k: x.state_dict() for k, x in _parts(learn).items()}))
         gone = [n for n in self.names[:-self.keep] if n != self.best_name]
         for n in gone: (self.folder / n).unlink(missing_ok=True)
         self.names = [n for n in self.names if n not in gone]
 
     def after_fit(self, learn: TrainingLoop) -> None: self._pass = None
 
-# %% ../nbs/04f_checkpoint.ipynb #e452fe30
+# %% ../nbs/04f_checkpoint.ipynb #d76756b8
 def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> None:
     "ValueError, before anything is changed, if `saved` is of another fit"
     own, cbs, dl = _identity(learn), learn.cbs.named(), learn.dls.train
@@ -209,12 +213,12 @@ def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> No
         warnings.warn(f'the interrupted fit had no {", ".join(new)}')
     for name, state in saved['state']['callbacks'].items(): # Some refuse what is not theirs
         if name in cbs: copy(cbs[name]).load_state_dict(state)
-    if not same_data or isinstance(dl, Iterator) or 1 not in saved['seen']: return
+    if not same_data or isinstance(dl, Iterator): return
     with random_kept(*_owners(learn)):
         set_random_state(saved['start'], *_owners(learn))
-        with open_batches(dl) as batches: _compare(1, next(batches, None), saved['seen'])
+        with open_batches(dl) as batches: _compare(1, next(batches, None), saved['first'])
 
-# %% ../nbs/04f_checkpoint.ipynb #acabf5bf
+# %% ../nbs/04f_checkpoint.ipynb #9d4b0f91
 class _Resume(Callback):
     "Brings a loop to where a checkpoint was written"
     order = inf
@@ -222,9 +226,10 @@ class _Resume(Callback):
         self.saved, self.same_data, self.batch = saved, same_data, saved['batch']
 
     def _load(self, learn: TrainingLoop) -> None:
+        parts = _parts(learn)
+        for k, state in self.saved['parts'].items(): load_opt_state(parts[k], state)
         learn.load_state_dict(self.saved['state'])
         load_attribute_state(learn.module, self.saved['attributes'])
-        for k, state in self.saved['parts'].items(): load_opt_state(vars(learn)[k], state)
 
     def before_fit(self, learn: TrainingLoop) -> None:
         _check(learn, self.saved, self.same_data)
@@ -238,7 +243,7 @@ class _Resume(Callback):
         learn.dl.go_on(self.saved, self.same_data)
         self.batch = None # Only the first pass begins in the middle
 
-# %% ../nbs/04f_checkpoint.ipynb #4afea9b2
+# %% ../nbs/04f_checkpoint.ipynb #e2966b20
 def resume(
     learn: TrainingLoop, # A Learner made as the one whose fit was interrupted, or that one itself
     path: str | os.PathLike[str], # A checkpoint, or a folder: its newest whole one
@@ -250,9 +255,10 @@ def resume(
     path = Path(path).expanduser()
     path, saved = _newest(path) if path.is_dir() else (path, load_packed(path))
     planned, batch = saved['n_epochs'], saved['batch'] or 0
+    if n_epochs is not None and n_epochs < 1: raise ValueError(f'n_epochs is 1 or more, got {n_epochs}')
     n, epoch = n_epochs or planned, saved['epoch'] + (saved['batch'] is None)
     where = f'goes on in epoch {epoch} of {n}, after {batch} batches' if epoch < n else 'is over'
-    if n != planned: where += f'; {planned} epochs were planned, and schedules stretch over {n}'
+    if n != planned: where += f'; epochs planned: {planned}; schedules stretch over {n}'
     warnings.warn(f'{path.name}: the fit {where}', stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'the optimizer goes on') # With what the file has
