@@ -23,11 +23,9 @@ from .sanity import check_lr
 
 # %% ../nbs/04d_schedule.ipynb #dcb21db7
 _Sched = Callable[[float], Any]
-
 def _at(pos: float) -> float:
     if 0 <= pos <= 1: return pos
     raise ValueError(f'a position is between 0, the first batch, and 1, the last; got {pos}')
-
 def sched_no(start: float, end: float) -> _Sched:
     "`start`, all the time"
     return lambda pos: (start, _at(pos))[0]
@@ -73,7 +71,6 @@ def _set(group: dict[str, Any], name: str, value: Any) -> None:
     if name == 'momentum' and name not in group: name, value = 'betas', (value, *group['betas'][1:])
     if isinstance(group[name], Tensor): group[name].fill_(value)
     else: group[name] = value
-
 def _each(groups: Sequence[Mapping[str, Any]], name: str, scheds: Any) -> list[_Sched]:
     "A schedule for each group: those listed, or one for the last and others in proportion to it"
     values = [group['made_lr'] if name == 'lr' else _get(group, name) for group in groups]
@@ -109,8 +106,7 @@ class ParamScheduler(Callback):
             raise TypeError("ParamScheduler takes schedules by name, such as "
                             f"{{'lr': sched_cos(.1, 0)}}, got {scheds}")
         self.scheds, self.n_batches, self._n, self._last = dict(scheds), n_batches, 0, 0
-        self._plan: list[tuple[int, str, _Sched]] = [] # Which group gets which schedule
-        self._before: list[Any] = []
+        self._plan, self._before = dict[str, list[_Sched]](), dict[str, list[Any]]()
 
     def before_fit(self, learn: TrainingLoop) -> None:
         n, groups = self.n_batches or length(learn.dls.train), learn.opt.param_groups
@@ -118,24 +114,25 @@ class ParamScheduler(Callback):
         others = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and cb is not self]
         if twice := [name for cb in others for name in cb.scheds if name in self.scheds]:
             raise ValueError(f'two ParamSchedulers set {twice[0]!r}; leave it to one of them')
-        planned = {name: _each(groups, name, scheds) for name, scheds in self.scheds.items()}
-        self._plan = [(i, name, f) for name, each in planned.items() for i, f in enumerate(each)]
-        self._before = [deepcopy(_get(groups[i], name)) for i, name, _ in self._plan]
+        self._plan = {name: _each(groups, name, scheds) for name, scheds in self.scheds.items()}
+        self._before = {name: [deepcopy(_get(g, name)) for g in groups] for name in self.scheds}
         self._n, self._last = n, n * learn.n_epochs - 1
     def before_batch(self, learn: TrainingLoop) -> None:
         if not learn.training: return
         if learn.iter >= self._n:
             raise ValueError(f'there are more than {self._n} batches an epoch; pass n_batches=…')
         pos = (learn.epoch * self._n + learn.iter) / max(self._last, 1)
-        for i, name, sched in self._plan: _set(learn.opt.param_groups[i], name, sched(pos))
+        for name, each in self._plan.items():
+            for group, sched in zip(learn.opt.param_groups, each): _set(group, name, sched(pos))
     def after_fit(self, learn: TrainingLoop) -> None:
-        for (i, name, _), value in zip(self._plan, self._before):
-            _set(learn.opt.param_groups[i], name, value)
-        self._plan = []
+        for name, each in self._before.items():
+            for group, value in zip(learn.opt.param_groups, each): _set(group, name, value)
+        self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
         "What was there before, and samples by which the schedules are known again"
-        samples = [[name, *(sched(i / 16) for i in range(17))] for _, name, sched in self._plan]
+        at = [i / 16 for i in range(17)]
+        samples = {k: [f(pos) for f in each for pos in at] for k, each in self._plan.items()}
         return dict(before=self._before, batches=self._n, samples=samples)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         "Go on, in as many epochs as you like; ValueError for other schedules or other batches"
@@ -158,13 +155,11 @@ def one_cycle(
     def cycle(a: float, b: float, c: float) -> _Sched:
         return combine_scheds([pct, 1 - pct], [sched_cos(a, b), sched_cos(b, c)])
     return dict(lr=cycle(*ends)) | (dict(momentum=cycle(*momentum)) if momentum else {})
-
 def flat_cos(lr: float, pct: float = .75, div_final: float = 1e5) -> dict[str, _Sched]:
     "`lr` for a share `pct` of the fit, then down along a cosine, to `lr / div_final`"
     for rate in lr, lr / div_final: check_lr(rate)
     falling = sched_cos(lr, lr / div_final)
     return dict(lr=combine_scheds([pct, 1 - pct], [sched_no(lr, lr), falling]))
-
 def warmup(lr: float, pct: float = .1, then: _Sched | None = None) -> dict[str, _Sched]:
     "From 0 up to `lr` in a line, for a share `pct` of the fit, `then` another schedule, or `lr`"
     check_lr(lr)
@@ -199,7 +194,7 @@ class TorchScheduler(Callback):
         if self.monitor: self.scheduler.step(learn.row[self.monitor])
         elif self.unit == 'epoch': self.scheduler.step()
     def after_fit(self, learn: TrainingLoop) -> None:
-        for group, old in zip(learn.opt.param_groups if self._before else (), self._before):
+        for group, old in zip(learn.opt.param_groups, self._before):
             for k in group.keys() - old.keys() - {'params'}: del group[k]
             for k, value in old.items(): _set(group, k, value)
         self._before = []

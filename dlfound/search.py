@@ -33,41 +33,33 @@ def _restored(*owners: Any) -> Iterator[None]:
     todo: list[Any] = [getattr(owner, '__dict__', {}) for owner in owners]
     for x in todo: # Which grows meanwhile
         if id(x) in kept: continue
-        if isinstance(x, Tensor):
-            grad = x.grad if x.is_leaf else None
-            kept[id(x)], more = (x, (x.detach().clone(), grad)), [grad]
-        elif isinstance(x, (dict, list, deque, set)):
-            kept[id(x)], more = (x, copy(x)), x.values() if isinstance(x, dict) else x
-        elif isinstance(x, tuple): more = x
-        else: more = [vars(x)] if hasattr(type(x), 'load_state_dict') else []
-        todo += more
+        if isinstance(x, Tensor): kept[id(x)] = x, x.detach().clone()
+        elif isinstance(x, (dict, list, deque, set)): kept[id(x)] = x, copy(x)
+        if hasattr(type(x), 'load_state_dict'): todo.append(vars(x))
+        elif isinstance(x, (dict, list, deque, tuple)):
+            todo += x.values() if isinstance(x, dict) else x
     try: yield
     finally:
         for x, before in kept.values():
-            if isinstance(x, Tensor):
-                if x.is_leaf: x.grad = before[1]
-                with torch.no_grad():
-                    if x.is_sparse or not x.equal(before[0]): x.copy_(before[0])
-            else:
+            if not isinstance(x, Tensor):
                 x.clear()
                 x.update(before) if isinstance(x, (dict, set)) else x.extend(before)
+            elif x.is_sparse or not x.equal(before): x.detach().copy_(before)
 
 # %% ../nbs/04e_search.ipynb #0ebd4f80
 class _Sweep(Callback):
     order, ended = -inf, False
-    def __init__(self, lrs: Sequence[float], smooth: float):
+    def __init__(self, lrs: list[float], smooth: float = .8): # Share of the past in the mean
         self.lrs, self.smooth, self.losses, self.smoothed, self.mean = lrs, smooth, [], [], 0.
-
     def before_batch(self, learn: TrainingLoop) -> None: learn.set_lr(self.lrs[len(self.losses)])
     def after_loss(self, learn: TrainingLoop) -> None:
-        loss = float(learn.loss.detach())
-        self.ended = not isfinite(loss)
-        if self.ended: raise CancelFit
-        self.losses.append(loss)
-        self.mean = self.smooth * self.mean + (1 - self.smooth) * loss
-        self.smoothed.append(self.mean / (1 - self.smooth**len(self.losses)))
-        best = min(self.smoothed)
-        self.ended = self.smoothed[-1] > best + 3 * abs(best) or len(self.losses) == len(self.lrs)
+        if isfinite(loss := float(learn.loss.detach())):
+            self.losses.append(loss)
+            self.mean = self.smooth * self.mean + (1 - self.smooth) * loss
+            self.smoothed.append(self.mean / (1 - self.smooth**len(self.losses)))
+        low = min(self.smoothed, default=0.)
+        exploded = not isfinite(loss) or self.smoothed[-1] > low + 3 * abs(low)
+        self.ended = exploded or len(self.losses) == len(self.lrs)
         if self.ended: raise CancelFit
     def before_validate(self, learn: TrainingLoop) -> None: raise CancelEpoch
 
@@ -87,7 +79,6 @@ class LRSweep(NamedTuple):
     losses: list[float] # Of the batches
     smoothed: list[float] # Likewise, averaged over the last few
     suggestion: float | None # `None`: the loss fell no further than it trembles
-
     def plot(self, ax: Any = None) -> Any: # Axes of matplotlib; if none are given, of a new figure
         "Draw the loss against the learning rate"
         from matplotlib import pyplot
@@ -99,9 +90,8 @@ class LRSweep(NamedTuple):
         ax.set(xscale='log', xlabel='learning rate', ylabel='training loss')
         ax.set_ylim(low - .1 * room, max(begin, low) + .3 * room)
         if self.suggestion:
-            text = f'suggestion {self.suggestion:.1e}'
-            ax.axvline(self.suggestion, color='C1', ls='--', label=text)
-            ax.legend()
+            ax.axvline(self.suggestion, color='C1', ls='--', label=f'{self.suggestion:.1e}')
+            ax.legend(title='suggestion')
         return ax
 
 # %% ../nbs/04e_search.ipynb #8fa4fe6b
@@ -110,17 +100,13 @@ def lr_find(
     start: float = 1e-7, # First learning rate; parameter groups keep their ratios to it
     end: float = 10., # Last learning rate
     n: int = 100, # Batches, unless the loss diverges earlier
-    smooth: float = .8, # Share of the past in the running mean of the losses
 ) -> LRSweep: # With a `suggestion` and `plot()`
     "Raise the rate from batch to batch (Smith 2017); suggests where half of the fall is done"
-    if n < 2: raise ValueError(f'a sweep needs at least 2 batches, got {n}')
-    if not 0 < start < end:
-        raise ValueError(f'a sweep goes up, from a positive rate, got start={start} and end={end}')
-    if not 0 <= smooth < 1:
-        raise ValueError(f'smooth is a share of the past, at least 0 and below 1, got {smooth}')
-    sweep = _Sweep([sched_exp(start, end)(i / (n - 1)) for i in range(n)], smooth)
-    away = (ParamScheduler, TorchScheduler, Progress, Recorder, Metrics, SanityCheck,
-            TerminateOnNaN)
+    if n < 2 or not 0 < start < end:
+        raise ValueError('a sweep goes up, from a positive rate, in at least 2 batches; '
+                         f'got start={start}, end={end} and n={n}')
+    sweep = _Sweep([sched_exp(start, end)(i / (n - 1)) for i in range(n)])
+    away = ParamScheduler, TorchScheduler, Progress, Recorder, Metrics, SanityCheck, TerminateOnNaN
     stay = [cb for cb in learn.cbs if not isinstance(cb, away) and not hasattr(cb, 'monitor')]
     check_trainable(learn.module)
     check_loader(learn.dls.train, 'dls.train')
@@ -136,7 +122,7 @@ def lr_find(
     if len(sweep.losses) < 2:
         raise ValueError(f'the loss was not finite at a rate of {start}; '
                          'look at the data and the model')
-    lrs = list(sweep.lrs[:len(sweep.losses)])
+    lrs = sweep.lrs[:len(sweep.losses)]
     return LRSweep(lrs, sweep.losses, sweep.smoothed, _halfway(lrs, sweep.smoothed))
 
 # %% ../nbs/04e_search.ipynb #cf2b3578
@@ -158,13 +144,11 @@ class Monitor:
             raise ValueError(f"mode is 'min' or 'max', got {mode!r}; say which of them is better "
                              f'for {name!r}')
         self.name, self.mode = name, mode
-
     def check(self, learn: TrainingLoop) -> None:
         "Warn of a name that no result will have, as far as that can be known before the fit"
         if self.name in (names := _results(learn)): return
         warnings.warn(f'there is no result {self.name!r}, only {", ".join(names) or "none"}: if no '
                       'callback adds it, the fit ends after its first epoch', stacklevel=2)
-
     def value(self, learn: TrainingLoop) -> float: # inf for NaN, or for an epoch left early
         "The result of the epoch that is over; ValueError if there is none of this name"
         if self.name not in learn.row:
@@ -207,8 +191,9 @@ class EarlyStopping(Callback):
             if self.restore: self.weights = map_tensors(Tensor.clone, module_state(learn.module))
         else: self.wait += 1
         if self.wait < self.patience: return
-        best = 'was no number' if self.best_epoch is None else f'was best in epoch {self.best_epoch}'
-        warnings.warn(f'{self.monitor} {best}; the fit ends after epoch {learn.epoch}', stacklevel=2)
+        said = 'was no number' if self.best == inf else f'was best in epoch {self.best_epoch}'
+        said = f'{self.monitor} {said}; the fit ends after epoch {learn.epoch}'
+        warnings.warn(said, stacklevel=2)
         raise CancelFit
     def after_cancel_fit(self, learn: TrainingLoop) -> None:
         if self.weights is not None: load_module_state(learn.module, self.weights)
