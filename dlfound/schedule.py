@@ -63,9 +63,8 @@ def combine_scheds(
 # %% ../nbs/04d_schedule.ipynb #2a64c89c
 def _get(group: Mapping[str, Any], name: str) -> Any:
     "A hyper-parameter of a parameter group; Adam's momentum is the first of its betas"
-    if name == 'momentum' and name not in group and 'betas' in group: return group['betas'][0]
-    known = [k for k in group if k not in ('params', 'made_lr')]
-    if name in known: return group[name]
+    known = [k for k in group if k not in ('params', 'made_lr')] + ['momentum'] * ('betas' in group)
+    if name in known: return group[name] if name in group else group['betas'][0]
     raise ValueError(f'the optimizer has no {name!r}; there are: {", ".join(known)}')
 def _set(group: dict[str, Any], name: str, value: Any) -> None:
     if name == 'momentum' and name not in group: name, value = 'betas', (value, *group['betas'][1:])
@@ -102,7 +101,8 @@ class ParamScheduler(Callback):
         n_batches: int | None = None, # Batches in an epoch; `None`: `len(dls.train)`
     ):
         found = scheds.values() if isinstance(scheds, Mapping) else [None]
-        if not all(callable(f) or isinstance(f, (list, tuple)) for f in found):
+        listed = [f for v in found for f in (v if isinstance(v, (list, tuple)) else [v])]
+        if not all(map(callable, listed)):
             raise TypeError("ParamScheduler takes schedules by name, such as "
                             f"{{'lr': sched_cos(.1, 0)}}, got {scheds}")
         self.scheds, self.n_batches, self._n, self._last = dict(scheds), n_batches, 0, 0
