@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
 from math import cos, fsum, isclose, pi
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -178,6 +178,7 @@ class TorchScheduler(Callback):
         if unit not in ('epoch', 'batch') or unit == 'batch' and monitor:
             raise ValueError(f"unit is 'epoch', or 'batch' without monitor, got {unit!r}")
         self.make, self.unit, self.monitor, self._before = make, unit, monitor, list[Any]()
+        self.scheduler, self._made = cast(Any, None), dict[str, Any]() # Until a fit begins
 
     def before_fit(self, learn: TrainingLoop) -> None:
         if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in learn.cbs):
@@ -201,11 +202,12 @@ class TorchScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         "What was there before, and the scheduler as it was made and as it is"
-        return dict(before=self._before, made=self._made, now=self.scheduler.state_dict())
+        now = self.scheduler.state_dict() if self.scheduler else {}
+        return dict(before=self._before, made=self._made, now=now)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         "Go on; ValueError if the scheduler is another, or has other settings"
         if not _alike(self._made, saved['made']):
             raise ValueError(f'{type(self.scheduler).__name__} has other settings than in the '
                              'interrupted fit; pass the same to resume')
         self._before = saved['before']
-        self.scheduler.load_state_dict(saved['now'])
+        if self.scheduler: self.scheduler.load_state_dict(saved['now'])

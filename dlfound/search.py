@@ -78,7 +78,7 @@ class LRSweep(NamedTuple):
     lrs: list[float] # One for each batch, rising
     losses: list[float] # Of the batches
     smoothed: list[float] # Likewise, averaged over the last few
-    suggestion: float | None # `None`: the loss fell no further than it trembles
+    suggestion: float | None # `None`: the loss fell too little to say
     def plot(self, ax: Any = None) -> Any: # Axes of matplotlib; if none are given, of a new figure
         "Draw the loss against the learning rate"
         from matplotlib import pyplot

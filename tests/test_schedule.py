@@ -395,3 +395,10 @@ def test_a_rate_in_a_tensor_comes_back():
     _, learn = rates(TorchScheduler(partial(lr_scheduler.ExponentialLR, gamma=.5)),
                      opt=lambda p, lr: optim.Adam(p, lr=torch.tensor(lr)))
     assert float(learn.opt.param_groups[0]['lr']) == pytest.approx(.1)
+
+
+def test_the_state_of_a_loop_that_has_not_begun():
+    learn = learner(cbs=[TorchScheduler(partial(lr_scheduler.StepLR, step_size=1))])
+    learn.load_state_dict(learn.state_dict())
+    learn.fit(1)
+    learn.load_state_dict(learn.state_dict())
