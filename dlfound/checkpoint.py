@@ -27,7 +27,7 @@ from .search import Monitor
 from .state import (attribute_state, load_attribute_state, load_opt_state, random_kept,
                            random_state, set_random_state, stateful)
 
-# %% ../nbs/04f_checkpoint.ipynb #7218c4d6
+# %% ../nbs/04f_checkpoint.ipynb #8bdb6e13
 def _found(folder: Path) -> list[Path]:
     "The checkpoints of a folder, the newest last"
     places = {}
@@ -41,10 +41,9 @@ def _newest(folder: Path) -> tuple[Path, Any]:
     for path in reversed(_found(folder)):
         try: return path, load_packed(path)
         except Damaged as e: warnings.warn(f'left out: {e}', stacklevel=2)
-    raise FileNotFoundError(f'there is no whole checkpoint in {folder.name}; '
-                            'was Checkpoint among the callbacks?')
+    raise FileNotFoundError(f'no whole checkpoint is in {folder.name}; had the fit a Checkpoint?')
 
-# %% ../nbs/04f_checkpoint.ipynb #8ba7f6f8
+# %% ../nbs/04f_checkpoint.ipynb #a80681bc
 def _owners(learn: TrainingLoop) -> tuple[Any, ...]: # Of generators, which a fit draws from
     return learn.dls.train, learn.dls.valid, *learn.generators
 
@@ -57,8 +56,7 @@ def _settings(cb: Callback) -> dict[str, Any]:
     "The plain arguments that one of the library's callbacks was made with"
     if isinstance(cb, Metrics): return dict(metrics=[m.name for m in cb.metrics])
     names = signature(type(cb)).parameters if type(cb).__module__.startswith('dlfound.') else ()
-    plain = bool, int, float, str
-    return {k: vars(cb)[k] for k in names if isinstance(vars(cb).get(k), plain)}
+    return {k: vars(cb)[k] for k in names if isinstance(vars(cb).get(k), int | float | str)}
 
 def _identity(learn: TrainingLoop) -> dict[str, Any]:
     "What must be the same where a fit goes on, by name"
@@ -73,7 +71,7 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
-# %% ../nbs/04f_checkpoint.ipynb #00de3475
+# %% ../nbs/04f_checkpoint.ipynb #603f7e27
 def _compare(n: int, batch: Any, was: Any) -> None:
     "ValueError if batch `n` of a pass is another than the one that the interrupted fit saw"
     if how := difference(was, batch):
@@ -95,14 +93,15 @@ class _Pass:
     def go_on(self, saved: Mapping[str, Any], same_data: bool) -> None:
         "Begin after the batches that were done when a checkpoint was written"
         self.done, self.now = saved['batch'], saved['state']['random']
-        self.start, self.before = saved['start'], saved['before']
-        self.first, self.last = (saved['first'], saved['last']) if same_data else (None, None)
+        names = ('start', 'before') + ('first', 'last') * same_data
+        vars(self).update({k: saved[k] for k in names})
 
     def __iter__(self) -> Iterator[Any]: # For each batch that is done, `None`
         yield from repeat(None, self.done)
-        left_out = max(self.done - 2, 0) if isinstance(self.dl, DataLoader) else 0
+        ours = isinstance(self.dl, DataLoader)
+        left_out = max(self.done - 2, 0) if ours else 0
         if self.done: set_random_state(self.start, *self.owners)
-        if left_out < self.done - 2:
+        if self.done and not ours:
             kept = getattr(self.dl, 'persistent_workers', False)
             warnings.warn(f'{type(self.dl).__name__} cannot begin in the middle: {self.done} '
                           'batches are made and left out' + kept * '; its workers persist, and '
@@ -113,15 +112,14 @@ class _Pass:
                 if due: self.before = random_state(*self.owners)
                 if n == self.done > 1: set_random_state(self.before, *self.owners)
                 if (batch := next(batches, self)) is self: break # There are no more
-                if n == self.done:
-                    _compare(n, batch, self.last)
-                    set_random_state(self.now, *self.owners)
+                if n == self.done: _compare(n, batch, self.last)
+                if n == self.done: set_random_state(self.now, *self.owners)
                 if n == 1 > self.done and self.dl is self.owners[0]: self.first = fingerprint(batch)
                 if due: self.last = fingerprint(batch)
                 if n > self.done: yield batch
         if n <= self.done: raise ValueError(f'only {n - 1} batches, and {self.done} were done')
 
-# %% ../nbs/04f_checkpoint.ipynb #bd6fd11d
+# %% ../nbs/04f_checkpoint.ipynb #eb5a55fb
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
     order, kept, _pass = inf, ('names', 'lowest', 'best_name'), cast(Any, None)
@@ -152,8 +150,7 @@ class Checkpoint(Callback):
     def before_fit(self, learn: TrainingLoop) -> None:
         others = [cb for cb in learn.cbs if isinstance(cb, Checkpoint) and cb is not self]
         if any(cb.folder == self.folder for cb in others):
-            raise ValueError(f'two Checkpoints write to {self.folder.name}; '
-                             'give each a folder of its own')
+            raise ValueError(f'two Checkpoints in {self.folder}; give each a folder of its own')
         recorded = learn.dls.valid is not None and any(isinstance(c, Recorder) for c in learn.cbs)
         self._judge = self._monitor and (recorded or self.monitor != 'valid_loss')
         if self._judge: self._monitor.check(learn)
@@ -195,16 +192,14 @@ class Checkpoint(Callback):
 
     def after_fit(self, learn: TrainingLoop) -> None: self._pass = None
 
-# %% ../nbs/04f_checkpoint.ipynb #d76756b8
+# %% ../nbs/04f_checkpoint.ipynb #bdc727bc
 def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> None:
     "ValueError, before anything is changed, if `saved` is of another fit"
     own, cbs, dl = _identity(learn), learn.cbs.named(), learn.dls.train
     for what, was in saved['identity'].items():
-        if what.startswith('batches') and not same_data: continue
+        if own.get(what) == was or what.startswith('batches') and not same_data: continue
         if what not in own:
-            raise ValueError(f'the interrupted fit had {what}; '
-                             'give the same to resume, or to the Learner')
-        if own[what] == was: continue
+            raise ValueError(f'the interrupted fit had {what}; give it to resume, or to the Learner')
         text = f'{what}: {own[what]}, and {was} in the interrupted fit'
         if not (isinstance(was, dict) and was | {'patience': 0} == own[what] | {'patience': 0}):
             raise ValueError(f'{text}; make it as it was')
@@ -213,12 +208,12 @@ def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> No
         warnings.warn(f'the interrupted fit had no {", ".join(new)}')
     for name, state in saved['state']['callbacks'].items(): # Some refuse what is not theirs
         if name in cbs: copy(cbs[name]).load_state_dict(state)
-    if not same_data or isinstance(dl, Iterator): return
+    if not (same_data and saved['first']) or isinstance(dl, Iterator): return
     with random_kept(*_owners(learn)):
         set_random_state(saved['start'], *_owners(learn))
         with open_batches(dl) as batches: _compare(1, next(batches, None), saved['first'])
 
-# %% ../nbs/04f_checkpoint.ipynb #9d4b0f91
+# %% ../nbs/04f_checkpoint.ipynb #611b4050
 class _Resume(Callback):
     "Brings a loop to where a checkpoint was written"
     order = inf
@@ -226,8 +221,7 @@ class _Resume(Callback):
         self.saved, self.same_data, self.batch = saved, same_data, saved['batch']
 
     def _load(self, learn: TrainingLoop) -> None:
-        parts = _parts(learn)
-        for k, state in self.saved['parts'].items(): load_opt_state(parts[k], state)
+        for k, state in self.saved['parts'].items(): load_opt_state(_parts(learn)[k], state)
         learn.load_state_dict(self.saved['state'])
         load_attribute_state(learn.module, self.saved['attributes'])
 
@@ -243,7 +237,7 @@ class _Resume(Callback):
         learn.dl.go_on(self.saved, self.same_data)
         self.batch = None # Only the first pass begins in the middle
 
-# %% ../nbs/04f_checkpoint.ipynb #e2966b20
+# %% ../nbs/04f_checkpoint.ipynb #ad106d6b
 def resume(
     learn: TrainingLoop, # A Learner made as the one whose fit was interrupted, or that one itself
     path: str | os.PathLike[str], # A checkpoint, or a folder: its newest whole one
@@ -255,8 +249,8 @@ def resume(
     path = Path(path).expanduser()
     path, saved = _newest(path) if path.is_dir() else (path, load_packed(path))
     planned, batch = saved['n_epochs'], saved['batch'] or 0
-    if n_epochs is not None and n_epochs < 1: raise ValueError(f'n_epochs is 1 or more, got {n_epochs}')
-    n, epoch = n_epochs or planned, saved['epoch'] + (saved['batch'] is None)
+    n, epoch = planned if n_epochs is None else n_epochs, saved['epoch'] + (not batch)
+    if n < 1: raise ValueError(f'n_epochs is at least 1, got {n}')
     where = f'goes on in epoch {epoch} of {n}, after {batch} batches' if epoch < n else 'is over'
     if n != planned: where += f'; epochs planned: {planned}; schedules stretch over {n}'
     warnings.warn(f'{path.name}: the fit {where}', stacklevel=2)

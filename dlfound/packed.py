@@ -53,7 +53,7 @@ def pack(content: Any) -> tuple[str, dict[str, Tensor]]:
         return {'$tensor': name, 'stride': list(t.stride()), 'complex': t.is_complex()}
     return json.dumps(put(content, '')), tensors
 
-# %% ../nbs/tools/packed.ipynb #ebd95299
+# %% ../nbs/tools/packed.ipynb #aaf8a90d
 def unpack(text: str, tensors: Mapping[str, Tensor]) -> Any:
     "What `pack` was given, tensors in the layout that they had"
     def made(x: Any) -> Any:
@@ -65,7 +65,7 @@ def unpack(text: str, tensors: Mapping[str, Tensor]) -> Any:
         if '$items' in x: return {made(k): made(v) for k, v in x['$items']}
         if '$tensor' not in x: return {k: made(v) for k, v in x.items()}
         t = tensors[x['$tensor']]
-        if x['complex']: t = torch.view_as_complex(t)
+        if x['complex']: t = torch.view_as_complex(t.clone()) # A file's memory may be at odd places
         stride = t.stride() if 0 in x['stride'] else x['stride'] # An expanded one comes in rows
         return torch.empty_strided(t.shape, stride, dtype=t.dtype).copy_(t)
     return made(json.loads(text))

@@ -217,7 +217,7 @@ def damaged(path, how):
     if how == 'short': raw = raw[:-50]
     if how == 'empty': raw = b''
     if how == 'bit': raw = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
-    if how == 'text': raw = raw.replace(b'n_epochs\\": 2', b'n_epochs\\": 9')
+    if how == 'text': raw = raw.replace(b'n_epochs": 2', b'n_epochs": 9')
     if how == 'noise': raw = os.urandom(len(raw))
     assert raw != path.read_bytes()
     path.write_bytes(raw)
