@@ -71,7 +71,7 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
-# %% ../nbs/04f_checkpoint.ipynb #603f7e27
+# %% ../nbs/04f_checkpoint.ipynb #fae2c5b5
 def _compare(n: int, batch: Any, was: Any) -> None:
     "ValueError if batch `n` of a pass is another than the one that the interrupted fit saw"
     if how := difference(was, batch):
@@ -98,10 +98,9 @@ class _Pass:
 
     def __iter__(self) -> Iterator[Any]: # For each batch that is done, `None`
         yield from repeat(None, self.done)
-        ours = isinstance(self.dl, DataLoader)
-        left_out = max(self.done - 2, 0) if ours else 0
+        left_out = max(self.done - 2, 0) if isinstance(self.dl, DataLoader) else 0
         if self.done: set_random_state(self.start, *self.owners)
-        if self.done and not ours:
+        if self.done and not isinstance(self.dl, DataLoader):
             kept = getattr(self.dl, 'persistent_workers', False)
             warnings.warn(f'{type(self.dl).__name__} cannot begin in the middle: {self.done} '
                           'batches are made and left out' + kept * '; its workers persist, and '
@@ -111,15 +110,16 @@ class _Pass:
                 due = n > self.done and any(due(n) for due in self.due)
                 if due: self.before = random_state(*self.owners)
                 if n == self.done > 1: set_random_state(self.before, *self.owners)
-                if (batch := next(batches, self)) is self: break # There are no more
+                if (batch := next(batches, self)) is self: # There are no more
+                    if n > self.done: return
+                    raise ValueError(f'only {n - 1} batches, and {self.done} were done')
                 if n == self.done: _compare(n, batch, self.last)
                 if n == self.done: set_random_state(self.now, *self.owners)
                 if n == 1 > self.done and self.dl is self.owners[0]: self.first = fingerprint(batch)
                 if due: self.last = fingerprint(batch)
                 if n > self.done: yield batch
-        if n <= self.done: raise ValueError(f'only {n - 1} batches, and {self.done} were done')
 
-# %% ../nbs/04f_checkpoint.ipynb #eb5a55fb
+# %% ../nbs/04f_checkpoint.ipynb #f774553a
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
     order, kept, _pass = inf, ('names', 'lowest', 'best_name'), cast(Any, None)
@@ -138,7 +138,7 @@ class Checkpoint(Callback):
             raise ValueError(f'every and keep are whole numbers from 1, got {every!r} and {keep!r}')
         self.folder = Path(folder).expanduser().resolve()
         self.every, self.unit, self.keep, self.monitor = every, unit, keep, monitor
-        self._monitor, self._judge = Monitor(monitor, mode) if monitor else None, False
+        self._monitor = self._judge = Monitor(monitor, mode) if monitor else None
         self.fit, self.names, self.lowest, self.best_name = 0, cast(list[str], []), inf, ''
 
     @property
@@ -152,8 +152,8 @@ class Checkpoint(Callback):
         if any(cb.folder == self.folder for cb in others):
             raise ValueError(f'two Checkpoints in {self.folder}; give each a folder of its own')
         recorded = learn.dls.valid is not None and any(isinstance(c, Recorder) for c in learn.cbs)
-        self._judge = self._monitor and (recorded or self.monitor != 'valid_loss')
-        if self._judge: self._monitor.check(learn)
+        self._judge = self._monitor if recorded or self.monitor != 'valid_loss' else None
+        if self._judge: self._judge.check(learn)
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob('.fit*.part'): # Of processes that died while they wrote
             if time.time() - part.stat().st_mtime > 600: part.unlink(missing_ok=True)
@@ -178,7 +178,7 @@ class Checkpoint(Callback):
         stage = 'done' if batch is None else f'batch{batch:08}'
         name = f'fit{self.fit:03}_epoch{learn.epoch:04}_{stage}.safetensors'
         self.names = [n for n in self.names if n != name] + [name]
-        value = self._monitor.value(learn) if self._judge and batch is None else inf
+        value = self._judge.value(learn) if self._judge and batch is None else inf
         if value < self.lowest: self.lowest, self.best_name = value, name
         p = _Pass(learn.dl, _owners(learn)) if self._pass is None else self._pass
         save_packed(self.folder / name, dict(

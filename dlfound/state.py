@@ -76,7 +76,8 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return list(a) == list(b) and all(_equal(a[k], b[k]) for k in a)
-    return type(a) is type(b) and bool(np.array_equal(a, b)) # Arrays too
+    if isinstance(a, np.ndarray): return a.dtype == getattr(b, 'dtype', '') and np.array_equal(a, b)
+    return type(a) is type(b) and a == b
 def attribute_state(module: nn.Module) -> dict[str, dict[str, Any]]: # By layer, then by name
     "Plain attributes of all layers: numbers, strings, tensors, structures of them; no copies"
     return {path: {k: v for k, v in vars(m).items() if k not in _own and _is_plain(v)}

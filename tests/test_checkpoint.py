@@ -712,3 +712,139 @@ def test_load_the_best(tmp_path):
     with pytest.raises(ValueError, match='of this model'): wide.load(keep.best)
     assert same(state(wide), before)
     assert Checkpoint(tmp_path).best is None
+
+
+# what readers found
+
+def mixed(samples):
+    "Two random mixtures: of inputs and of targets"
+    x, y = torch.stack([a for a, _ in samples]), F.one_hot(torch.stack([b for _, b in samples]), 3).float()
+    p, lam = torch.randperm(len(x)), torch.rand(())
+    return lam * x + (1 - lam) * x[p], lam * y + (1 - lam) * y[p]
+
+
+@pytest.mark.parametrize('kind', [DataLoader, torch.utils.data.DataLoader])
+@pytest.mark.parametrize('stop', [(1, 1), (1, 2), (1, 4)])
+def test_random_targets(kind, stop, tmp_path):
+    "Batches that are made with random numbers, while dropout draws others between them, are made again as they were"
+    def made():
+        loaders = data()
+        loaders.train = kind(loaders.train.dataset, 8, shuffle=True, collate_fn=mixed)
+        return learner(dls=loaders, metrics=())
+    whole, broken, again = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken, stop=stop)
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+
+
+def test_a_callback_that_changes_the_loader(tmp_path):
+    "Lazily, as ShortEpoch does: the same bits. If it draws the order itself, it is refused"
+    class Doubled:
+        def __init__(self, dl): self.dl = dl
+        def __len__(self): return len(self.dl)
+        def __iter__(self): return ((2 * x, y) for x, y in self.dl)
+    class Lazy(Callback):
+        def before_train(self, learn): learn.dl = Doubled(learn.dl)
+    class Eager(Callback):
+        def before_train(self, learn): learn.dl = list(Doubled(learn.dl))
+    whole, broken, again, other = (learner() for _ in range(4))
+    torch.manual_seed(4)
+    whole.fit(2, cbs=Lazy())
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path / 'a', broken, [Lazy()])
+    resume(again, tmp_path / 'a', cbs)
+    assert same(state(whole), state(again))
+    cbs = interrupted(tmp_path / 'b', other, [Eager()])
+    with pytest.raises(ValueError, match='batch 2 of the pass has other values'):
+        resume(learner(), tmp_path / 'b', cbs)
+
+
+def test_parameters_among_plain_attributes(tmp_path):
+    "They stay the parameters that they are, and settings keep their class"
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self._h, self.size = nn.Linear(4, 3), None, torch.Size([4, 3])
+            self.ws, self.matrix = [self.l.weight], torch.eye(2).to_sparse()
+        def forward(self, x):
+            out = x @ self.ws[0].T + self.l.bias + (0 if self._h is None else self._h)
+            self._h = out.detach().mean()
+            return out
+    def made():
+        torch.manual_seed(0)
+        return learner(model=Odd(), metrics=())
+    whole, broken, again = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    resume(again, tmp_path, cbs)
+    assert again.model.ws[0] is again.model.l.weight and type(again.model.size) is torch.Size
+    assert same(state(whole), state(again))
+
+
+@pytest.mark.parametrize('what, change', [
+    ('layers', dict(model=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(.2), nn.Linear(8, 3)))),
+    ('the loss', {})])
+def test_other_layers_or_loss(what, change, tmp_path):
+    cbs = interrupted(tmp_path, learner())
+    other = learner(**change)
+    if not change: other.loss_func = nn.MultiMarginLoss()
+    with pytest.raises(ValueError, match=f'{what}: '): resume(other, tmp_path, cbs)
+
+
+def test_optimizers_in_a_list(tmp_path):
+    class Three(Learner):
+        def __init__(self, *args):
+            super().__init__(*args, progress=False)
+            self.opts = [optim.Adam(p) for p in ([self.model[0].weight], [self.model[0].bias])]
+        def step(self):
+            super().step()
+            for opt in self.opts: opt.step()
+    def made():
+        torch.manual_seed(0)
+        return Three(data(), nn.Sequential(nn.Linear(4, 3)), F.cross_entropy)
+    whole, broken, again = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2)
+    torch.manual_seed(4)
+    cbs = interrupted(tmp_path, broken)
+    resume(again, tmp_path, cbs)
+    assert same(state(whole), state(again))
+    with pytest.raises(ValueError, match='parts with a state'):
+        torch.manual_seed(0)
+        resume(Learner(data(), nn.Sequential(nn.Linear(4, 3)), F.cross_entropy, progress=False), tmp_path, cbs)
+
+
+def test_an_abandoned_branch_is_not_the_newest(tmp_path):
+    "After going back to an earlier file, the fit that went on from there has the newest files"
+    learner().fit(3, cbs=Checkpoint(tmp_path, keep=9))
+    first = checkpoint._found(tmp_path)[0]
+    back = [Checkpoint(tmp_path, unit='batch'), Stop(1, 3)]
+    with pytest.raises(RuntimeError, match='stop'): resume(learner(), first, back)
+    path, saved = checkpoint._newest(tmp_path)
+    assert (saved['epoch'], saved['batch']) == (1, 3) and path.name.startswith('fit001')
+
+
+def test_a_loop_with_validation_and_no_recorder(tmp_path):
+    "There is no result to judge by, and there are files"
+    loop = TrainingLoop(data(), nn.Linear(4, 3), F.cross_entropy, optim.SGD, .1)
+    loop.fit(2, cbs=(keep := Checkpoint(tmp_path)))
+    assert len(list(tmp_path.iterdir())) == 2 and keep.best is None
+
+
+def test_one_checkpoint_for_two_fits(tmp_path):
+    keep = Checkpoint(tmp_path)
+    learner(dls=DataLoaders(data().train), metrics=()).fit(1, cbs=keep)
+    assert keep.best is None
+    learner().fit(1, cbs=keep)
+    assert keep.best.name == 'fit001_epoch0000_done.safetensors'
+
+
+@pytest.mark.parametrize('n', [0, -1])
+def test_no_epochs(n, tmp_path):
+    learner().fit(1, cbs=Checkpoint(tmp_path))
+    with pytest.raises(ValueError, match='at least 1'): resume(learner(), tmp_path, n_epochs=n)

@@ -71,3 +71,32 @@ def test_tied_tensors_are_stored_once():
     t = torch.randn(5)
     text, tensors = pack(dict(a=t, b=t, c=t.view(5), d=t[1:]))
     assert list(tensors) == ['a', 'd'] and text.count('"$tensor": "a"') == 3
+
+
+def test_names_do_not_clash():
+    a, b, z = torch.zeros(2), torch.ones(2), torch.tensor([1 + 1j])
+    for x in {1: a, '1': b}, {'a.b': a, 'a': {'b': b}}, {'.a': a, 'a': b}, {'$content': a, 'b': b}, [z, z.conj()]:
+        assert str(back(x)) == str(x)
+
+
+def test_arrays():
+    for x in np.zeros((0, 3)), np.arange(6.).reshape(2, 3), np.array(['a', 'bc']), np.array(True):
+        assert np.array_equal(back(x), x) and back(x).shape == x.shape and back(x).dtype == x.dtype
+    for x in np.array([1j]), np.array(['2026-01-01'], 'M8[D]'), np.array([b'a']), np.zeros(2, 'f4,i4'), np.array([{}]):
+        with pytest.raises(TypeError, match='state.x is'): pack(dict(state=dict(x=x)))
+        assert packed.fingerprint(x) is None
+
+
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
+def test_tensors_without_numbers():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for x in nested, torch.empty(2, device='meta'), torch.eye(2).to_sparse(): assert packed.fingerprint(x) is None
+
+
+def test_a_long_record(tmp_path):
+    "Losses of a long fit are a tensor in the file, and its header stays small"
+    losses = [i / 7 for i in range(300_000)] + [math.inf, math.nan]
+    save_packed(tmp_path / 'x', dict(losses=losses, text='x' * 200_000))
+    got, raw = load_packed(tmp_path / 'x'), (tmp_path / 'x').read_bytes()
+    assert equal(got['losses'], losses) and got['text'] == 'x' * 200_000
+    assert int.from_bytes(raw[:8], 'little') < 1000
