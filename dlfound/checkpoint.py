@@ -192,14 +192,14 @@ class Checkpoint(Callback):
 
     def after_fit(self, learn: TrainingLoop) -> None: self._pass = None
 
-# %% ../nbs/04f_checkpoint.ipynb #bdc727bc
+# %% ../nbs/04f_checkpoint.ipynb #d69e7594
 def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> None:
     "ValueError, before anything is changed, if `saved` is of another fit"
     own, cbs, dl = _identity(learn), learn.cbs.named(), learn.dls.train
     for what, was in saved['identity'].items():
         if own.get(what) == was or what.startswith('batches') and not same_data: continue
         if what not in own:
-            raise ValueError(f'the interrupted fit had {what}; give it to resume, or to the Learner')
+            raise ValueError(f'the interrupted fit had {what}; give it to resume or the Learner')
         text = f'{what}: {own[what]}, and {was} in the interrupted fit'
         if not (isinstance(was, dict) and was | {'patience': 0} == own[what] | {'patience': 0}):
             raise ValueError(f'{text}; make it as it was')

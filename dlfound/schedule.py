@@ -10,16 +10,16 @@ __all__ = ['sched_no', 'sched_lin', 'sched_cos', 'sched_exp', 'combine_scheds', 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from itertools import accumulate
-from math import cos, fsum, isclose, pi
+from math import cos, fsum, pi
 from typing import Any, cast
 
-from torch import Tensor
+import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .loader import length
 from .loop import Callback, TrainingLoop
 from .sanity import check_lr
+from .state import group_values, hyper_ratios, set_group_values, set_hyper
 
 # %% ../nbs/04d_schedule.ipynb #dcb21db7
 _Sched = Callable[[float], Any]
@@ -47,51 +47,24 @@ def combine_scheds(
 ) -> _Sched:
     "One schedule after another, each going through all of its positions in its own phase"
     pcts, scheds = [float(pct) for pct in pcts], list(scheds)
-    if len(pcts) != len(scheds) or not all(map(callable, scheds)):
-        raise ValueError(f'each share needs a schedule, such as sched_no(.1, .1); got {len(pcts)} '
-                         f'shares for {scheds}')
-    if not (min(pcts, default=-1) >= 0 and abs(fsum(pcts) - 1) < 1e-6):
-        raise ValueError(f'the shares of the phases add up to 1, none is negative; got {pcts}, '
-                         f'together {fsum(pcts)}')
-    starts = [0., *accumulate(pcts[:-1]), 1.]
+    if len(pcts) != len(scheds) or not (min(pcts, default=-1) >= 0 and abs(fsum(pcts) - 1) < 1e-6):
+        raise ValueError('each schedule has a share, none is negative, and they add up to 1; got '
+                         f'{len(pcts)} for {len(scheds)}: {pcts}, together {fsum(pcts)}')
+    starts = [fsum(pcts[:i]) for i in range(len(pcts))] + [1.]
     def combined(pos: float) -> Any:
         i = bisect_right(starts, _at(pos) + 1e-9, hi=len(scheds)) - 1
         size = starts[i + 1] - starts[i]
         return scheds[i](min(max((pos - starts[i]) / size, 0.), 1.) if size > 0 else 1.)
     return combined
 
-# %% ../nbs/04d_schedule.ipynb #2a64c89c
-def _get(group: Mapping[str, Any], name: str) -> Any:
-    "A hyper-parameter of a parameter group; Adam's momentum is the first of its betas"
-    known = [k for k in group if k not in ('params', 'made_lr')] + ['momentum'] * ('betas' in group)
-    if name in known: return group[name] if name in group else group['betas'][0]
-    raise ValueError(f'the optimizer has no {name!r}; there are: {", ".join(known)}')
-def _set(group: dict[str, Any], name: str, value: Any) -> None:
-    if name == 'momentum' and name not in group: name, value = 'betas', (value, *group['betas'][1:])
-    if isinstance(group[name], Tensor): group[name].fill_(value)
-    else: group[name] = value
+# %% ../nbs/04d_schedule.ipynb #2d42f585
 def _each(groups: Sequence[Mapping[str, Any]], name: str, scheds: Any) -> list[_Sched]:
     "A schedule for each group: those listed, or one for the last and others in proportion to it"
-    values = [group['made_lr'] if name == 'lr' else _get(group, name) for group in groups]
-    if not callable(scheds):
-        if len(scheds) == len(groups): return list(scheds)
-        raise ValueError(f'{name!r} has {len(scheds)} schedules for {len(groups)} groups')
-    if all(value == values[-1] for value in values): return [scheds] * len(values)
-    try: ratios = [float(value) / float(values[-1]) for value in values]
-    except (TypeError, ZeroDivisionError):
-        raise ValueError(f'the groups have {name} {values}, which are in no proportion to the '
-                         'last one; give a list of schedules, one for each group') from None
-    return [lambda pos, r=r: r * scheds(pos) for r in ratios[:-1]] + [scheds]
+    each = list(scheds) if not callable(scheds) else [
+        scheds if r == 1 else lambda pos, r=r: r * scheds(pos) for r in hyper_ratios(groups, name)]
+    if len(each) == len(groups): return each
+    raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} groups')
 
-# %% ../nbs/04d_schedule.ipynb #83a1fe59
-def _alike(a: Any, b: Any) -> bool:
-    "Equal but for the last digits, in which the cosines of two machines may differ"
-    a, b = ([*x.items()] if isinstance(x, dict) else x for x in (a, b))
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
-    return a == b or type(a) is type(b) is float and isclose(a, b, rel_tol=1e-9, abs_tol=1e-15)
-
-# %% ../nbs/04d_schedule.ipynb #2d42f585
 class ParamScheduler(Callback):
     "Sets hyper-parameters before every training batch, and puts them back when the fit is over"
     order = 5
@@ -100,46 +73,39 @@ class ParamScheduler(Callback):
         scheds: Mapping[str, Any], # By name, as 'lr': one schedule, groups keep ratios; or a list
         n_batches: int | None = None, # Batches in an epoch; `None`: `len(dls.train)`
     ):
-        found = scheds.values() if isinstance(scheds, Mapping) else [None]
-        listed = [f for v in found for f in (v if isinstance(v, (list, tuple)) else [v])]
-        if not all(map(callable, listed)):
-            raise TypeError("ParamScheduler takes schedules by name, such as "
-                            f"{{'lr': sched_cos(.1, 0)}}, got {scheds}")
-        self.scheds, self.n_batches, self._n, self._last = dict(scheds), n_batches, 0, 0
-        self._plan, self._before = dict[str, list[_Sched]](), dict[str, list[Any]]()
+        found: Any = scheds.values() if isinstance(scheds, Mapping) else [None]
+        if not all(callable(f) for v in found for f in (v if hasattr(v, '__len__') else [v])):
+            raise TypeError(f"give schedules by name, as {{'lr': sched_cos(.1, 0)}}, got {scheds}")
+        self.scheds, self.n_batches, self._n = dict(scheds), n_batches, 0
+        self._plan, self._before = dict[str, list[_Sched]](), list[dict[str, Any]]()
 
     def before_fit(self, learn: TrainingLoop) -> None:
-        n, groups = self.n_batches or length(learn.dls.train), learn.opt.param_groups
-        if not n: raise ValueError('dls.train has no length; pass n_batches=…, those of an epoch')
-        others = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and cb is not self]
-        if twice := [name for cb in others for name in cb.scheds if name in self.scheds]:
-            raise ValueError(f'two ParamSchedulers set {twice[0]!r}; leave it to one of them')
+        self._n, groups = self.n_batches or length(learn.dls.train) or 0, learn.opt.param_groups
+        if not self._n: raise ValueError('dls.train has no length; pass n_batches=…')
+        if any({*getattr(c, 'scheds', ())} & {*self.scheds} for c in learn.cbs if c is not self):
+            raise ValueError(f'another callback sets one of {[*self.scheds]}; keep one of the two')
         self._plan = {name: _each(groups, name, scheds) for name, scheds in self.scheds.items()}
-        self._before = {name: [deepcopy(_get(g, name)) for g in groups] for name in self.scheds}
-        self._n, self._last = n, n * learn.n_epochs - 1
+        self._before = group_values(learn.opt, [*self.scheds])
     def before_batch(self, learn: TrainingLoop) -> None:
         if not learn.training: return
-        if learn.iter >= self._n:
-            raise ValueError(f'there are more than {self._n} batches an epoch; pass n_batches=…')
-        pos = (learn.epoch * self._n + learn.iter) / max(self._last, 1)
+        if learn.iter >= self._n: raise ValueError(f'more than {self._n} batches; pass n_batches=…')
+        pos = (learn.epoch * self._n + learn.iter) / max(self._n * learn.n_epochs - 1, 1)
         for name, each in self._plan.items():
-            for group, sched in zip(learn.opt.param_groups, each): _set(group, name, sched(pos))
+            for group, f in zip(learn.opt.param_groups, each): set_hyper(group, name, f(pos))
     def after_fit(self, learn: TrainingLoop) -> None:
-        for name, each in self._before.items():
-            for group, value in zip(learn.opt.param_groups, each): _set(group, name, value)
-        self._before = {}
+        set_group_values(learn.opt, self._before)
+        self._before = []
 
     def state_dict(self) -> dict[str, Any]:
         "What was there before, and samples by which the schedules are known again"
-        at = [i / 16 for i in range(17)]
-        samples = {k: [f(pos) for f in each for pos in at] for k, each in self._plan.items()}
-        return dict(before=self._before, batches=self._n, samples=samples)
+        values = [[f(i / 16) for i in range(17)] for each in self._plan.values() for f in each]
+        samples = torch.cat([torch.tensor(v, dtype=torch.float64).ravel() for v in [[], *values]])
+        return dict(before=self._before, names=[self._n, *self._plan], samples=samples)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         "Go on, in as many epochs as you like; ValueError for other schedules or other batches"
-        own = self.state_dict()
-        if not all(_alike(own[k], saved[k]) for k in ('batches', 'samples')):
-            raise ValueError('ParamScheduler has other schedules, or another number of batches an '
-                             'epoch, than the interrupted fit; pass the same to resume')
+        own, a, b = self.state_dict(), self.state_dict()['samples'], saved['samples']
+        if own['names'] != saved['names'] or a.shape != b.shape or not a.allclose(b, 1e-9, 1e-15):
+            raise ValueError('there were other schedules, or other batches an epoch; pass the same')
         self._before = saved['before']
 
 # %% ../nbs/04d_schedule.ipynb #c58158fe
@@ -168,24 +134,20 @@ def warmup(lr: float, pct: float = .1, then: _Sched | None = None) -> dict[str, 
 # %% ../nbs/04d_schedule.ipynb #cba21274
 class TorchScheduler(Callback):
     "One of PyTorch's schedulers, which steps after an epoch or after a step of the optimizer"
-    order = 55 # Results that other callbacks add to the row are there
+    order, scheds = 55, ('lr',) # Results that other callbacks add to the row are there
     def __init__(
         self,
         make: Callable[[Any], Any], # `make(optimizer)`, such as `partial(StepLR, step_size=1)`
         unit: str = 'epoch', # Or 'batch': after those at which the optimizer takes a step
         monitor: str | None = None, # The result of an epoch that `ReduceLROnPlateau` looks at
     ):
-        if unit not in ('epoch', 'batch') or unit == 'batch' and monitor:
-            raise ValueError(f"unit is 'epoch', or 'batch' without monitor, got {unit!r}")
-        self.make, self.unit, self.monitor, self._before = make, unit, monitor, list[Any]()
-        self.scheduler, self._made = cast(Any, None), dict[str, Any]() # Until a fit begins
+        if unit not in ('epoch', 'batch'):
+            raise ValueError(f"unit is 'epoch' or 'batch', got {unit!r}")
+        self.make, self.unit, self.monitor = make, unit, monitor
+        self.scheduler, self._before = cast(Any, None), list[dict[str, Any]]() # Until a fit begins
 
     def before_fit(self, learn: TrainingLoop) -> None:
-        if any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in learn.cbs):
-            raise ValueError("a ParamScheduler sets 'lr' too; leave it to one of them")
-        groups = learn.opt.param_groups
-        self._before = [{k: deepcopy(v) for k, v in g.items() if k != 'params'} for g in groups]
-        self.scheduler = self.make(learn.opt)
+        self._before, self.scheduler = group_values(learn.opt), self.make(learn.opt)
         self._made = deepcopy(self.scheduler.state_dict())
         if isinstance(self.scheduler, ReduceLROnPlateau) != bool(self.monitor):
             raise ValueError("ReduceLROnPlateau, and no other, needs monitor='valid_loss' or so")
@@ -194,20 +156,15 @@ class TorchScheduler(Callback):
     def after_epoch(self, learn: TrainingLoop) -> None:
         if self.monitor: self.scheduler.step(learn.row[self.monitor])
         elif self.unit == 'epoch': self.scheduler.step()
-    def after_fit(self, learn: TrainingLoop) -> None:
-        for group, old in zip(learn.opt.param_groups, self._before):
-            for k in group.keys() - old.keys() - {'params'}: del group[k]
-            for k, value in old.items(): _set(group, k, value)
-        self._before = []
+    def after_fit(self, learn: TrainingLoop) -> None: set_group_values(learn.opt, self._before)
 
     def state_dict(self) -> dict[str, Any]:
-        "What was there before, and the scheduler as it was made and as it is"
-        now = self.scheduler.state_dict() if self.scheduler else {}
-        return dict(before=self._before, made=self._made, now=now)
+        "What was there before, the scheduler as it was made, and as it is"
+        if self.scheduler is None: return {}
+        return dict(before=self._before, made=self._made, now=self.scheduler.state_dict())
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         "Go on; ValueError if the scheduler is another, or has other settings"
-        if not _alike(self._made, saved['made']):
-            raise ValueError(f'{type(self.scheduler).__name__} has other settings than in the '
-                             'interrupted fit; pass the same to resume')
-        self._before = saved['before']
-        if self.scheduler: self.scheduler.load_state_dict(saved['now'])
+        if saved and (self.scheduler is None or self._made != saved['made']):
+            raise ValueError(f'{type(self.scheduler).__name__} has other settings than before')
+        if saved: self._before = saved['before']
+        if saved: self.scheduler.load_state_dict(saved['now'])

@@ -141,8 +141,7 @@ class Monitor:
     ):
         if mode is None and name.endswith('loss'): mode = 'min'
         if mode not in ('min', 'max'):
-            raise ValueError(f"mode is 'min' or 'max', got {mode!r}; say which of them is better "
-                             f'for {name!r}')
+            raise ValueError(f"mode is 'min' or 'max', got {mode!r}; which is better for {name!r}?")
         self.name, self.mode = name, mode
     def check(self, learn: TrainingLoop) -> None:
         "Warn of a name that no result will have, as far as that can be known before the fit"
@@ -191,9 +190,8 @@ class EarlyStopping(Callback):
             if self.restore: self.weights = map_tensors(Tensor.clone, module_state(learn.module))
         else: self.wait += 1
         if self.wait < self.patience: return
-        said = 'was no number' if self.best == inf else f'was best in epoch {self.best_epoch}'
-        said = f'{self.monitor} {said}; the fit ends after epoch {learn.epoch}'
-        warnings.warn(said, stacklevel=2)
+        was = 'was no number' if self.best == inf else f'was best in epoch {self.best_epoch}'
+        warnings.warn(f'{self.monitor} {was}; the fit ends after epoch {learn.epoch}', stacklevel=2)
         raise CancelFit
     def after_cancel_fit(self, learn: TrainingLoop) -> None:
         if self.weights is not None: load_module_state(learn.module, self.weights)

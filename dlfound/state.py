@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'module_state', 'load_module_state', 'attribute_state', 'load_attribute_state', 'stateful',
-           'load_opt_state', 'modes_kept', 'random_state', 'set_random_state', 'random_kept']
+           'load_opt_state', 'hyper', 'set_hyper', 'group_values', 'set_group_values', 'hyper_ratios', 'modes_kept',
+           'random_state', 'set_random_state', 'random_kept']
 
 # %% ../nbs/tools/state.ipynb #8c5006b3
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,35 @@ def load_opt_state(opt: Any, state: Mapping[str, Any]) -> None:
     for i, p in enumerate(p for group in opt.param_groups for p in group['params']):
         for k, v in state['state'].get(i, {}).items():
             if isinstance(v, Tensor): opt.state[p][k] = v.to(opt.state[p][k].device)
+
+# %% ../nbs/tools/state.ipynb #788a3ff9
+def hyper(group: Mapping[str, Any], name: str) -> Any:
+    "A hyper-parameter of a parameter group; Adam's momentum is the first of its betas"
+    known = [k for k in group if k not in ('params', 'made_lr')] + ['momentum'] * ('betas' in group)
+    if name in known: return group[name] if name in group else group['betas'][0]
+    raise ValueError(f'the optimizer has no {name!r}; there are: {", ".join(known)}')
+def set_hyper(group: dict[str, Any], name: str, value: Any) -> None:
+    "Set what `hyper` gives; a tensor keeps its place"
+    if name == 'momentum' and name not in group: name, value = 'betas', (value, *group['betas'][1:])
+    if isinstance(group[name], Tensor): group[name].fill_(value)
+    else: group[name] = value
+def group_values(opt: Any, names: Sequence[str] = ()) -> list[dict[str, Any]]: # One for each group
+    "Copies of hyper-parameters, of all if no names are given, for `set_group_values`"
+    def kept(group: Any) -> Any: return names or group.keys() - {'params', 'made_lr'}
+    return [{k: deepcopy(hyper(g, k)) for k in kept(g)} for g in opt.param_groups]
+def set_group_values(opt: Any, values: Sequence[Mapping[str, Any]]) -> None:
+    "Put them back"
+    for group, old in zip(opt.param_groups, values):
+        for name, value in old.items(): set_hyper(group, name, value)
+def hyper_ratios(groups: Sequence[Mapping[str, Any]], name: str) -> list[float]: # The last is 1
+    "The values of groups in proportion to that of the last; ValueError if there is no proportion"
+    values = [group.get('made_lr', hyper(group, name)) if name == 'lr' else hyper(group, name)
+              for group in groups]
+    if all(value == values[-1] for value in values): return [1.] * len(values)
+    try: return [float(value) / float(values[-1]) for value in values]
+    except (TypeError, ZeroDivisionError):
+        raise ValueError(f'the groups have {name} {values}, in no proportion to the last one; '
+                         'give a list, one for each group') from None
 
 # %% ../nbs/tools/state.ipynb #fa70f375
 @contextmanager
