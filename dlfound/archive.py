@@ -50,7 +50,7 @@ class _Meter:
         if self.n > self.limit: raise ValueError(f'it unpacks to more than {self.limit:,} bytes')
         return chunk
 
-# %% ../nbs/tools/archive.ipynb #4df30e19
+# %% ../nbs/tools/archive.ipynb #bb4902c7
 class _Strict(tarfile.TarInfo):
     "A header that is damaged or missing is an error; only a block of zeros ends an archive"
     @classmethod
@@ -58,7 +58,7 @@ class _Strict(tarfile.TarInfo):
         "The next one"
         try: return super().fromtarfile(tar)
         except tarfile.EOFHeaderError: raise  # type: ignore
-        except tarfile.HeaderError as e: raise EOFError('no tar, or a damaged one') from e  # type: ignore
+        except tarfile.HeaderError as e: raise EOFError('no whole tar') from e  # type: ignore
 
 # %% ../nbs/tools/archive.ipynb #fb0c5aa0
 _openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}

@@ -81,7 +81,7 @@ def _stream(url: str, part: Path, timeout: float) -> None:
     if total not in (None, got := part.stat().st_size):
         raise ConnectionError(f'the server closed the connection after {got:,} of {total:,} bytes')
 
-# %% ../nbs/tools/download.ipynb #a05174f6
+# %% ../nbs/tools/download.ipynb #209e1e98
 def download(
     urls: str | list[str] | tuple[str, ...], # Of the same file, tried in order
     dest: str | Path, # The file to write; its folder is made
@@ -117,7 +117,7 @@ def download(
         if wrong := wrong_hash(part, sha256, md5):
             part.unlink()
             raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; try '
-                             'again, and if that gives the same, the file has changed at its source')
+                             'again, or look whether the file has changed at its source')
         os.replace(part, dest)
         return dest
     unreachable = all(isinstance(e, Unreachable) for e in failed.values())
