@@ -119,7 +119,7 @@ def make_digits(
         _write_idx(folder / name, a)
     return folder
 
-# %% ../nbs/tools/standin.ipynb #32d5514b
+# %% ../nbs/tools/standin.ipynb #455fec93
 def read_digits(
     folder: str | Path, # That has MNIST's four files, or stand-ins for them
     test: bool = False, # The test set, or what comes before it?
@@ -128,8 +128,8 @@ def read_digits(
     images, labels = [Path(folder) / name for name in [*mnist_files][2 * test:][:2]]
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y) or len(y) and y.max() > 9:
-        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels, of which the largest '
-                         f'is {y.max() if len(y) else 0}: remove it and fetch the set again')
+        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels, of which the '
+                         f'largest is {y.max() if len(y) else 0}: remove it and fetch it again')
     return x.flatten(1).float().div_(255), y.long()
 
 # %% ../nbs/tools/standin.ipynb #775cd388

@@ -211,7 +211,8 @@ def test_mirror_that_is_no_folder(home, toy, nobody, mirror, monkeypatch):
 def test_empty_mirror_and_no_network(home, toy, nobody, mirror):
     toy(nobody)
     (mirror / 'toy.tgz').unlink()
-    with pytest.raises(ConnectionError, match='the real toy cannot be had: no server answered.*a folder with toy.tgz'): fetch('toy')
+    with pytest.raises(ConnectionError, match='the real toy cannot be had: no server answered.*a folder with toy.tgz'):
+        fetch('toy')
     assert not (home / 'standin').exists()
 
 
