@@ -75,7 +75,7 @@ def test_a_resolver_that_hangs(tmp_path, monkeypatch):
 def test_a_host_with_many_addresses_that_are_silent(tmp_path, monkeypatch):
     "The time-out of the standard library is one for each of them"
     with full() as address:
-        found = socket.getaddrinfo(*address) * silence
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM) * silence
         monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: found)
         start = time.time()
         with pytest.raises(Unreachable): download(f'http://many.invalid:{address[1]}/x', tmp_path / 'x', timeout=.5)
