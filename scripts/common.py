@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-uncut = 'data', # Modules still longer than the lints allow, and their lessons
 
 
 def environment(threads: int | None = 1, **extra) -> dict[str, str]:

@@ -3,7 +3,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import code_cells, key, notebooks, parsed, read, uncut
+from common import code_cells, key, notebooks, parsed, read
 
 longest = {'loop': 300} # And 270 lines for every other module
 clocks = {'time', 'monotonic', 'perf_counter', 'process_time'}
@@ -23,8 +23,7 @@ def check_module_sizes(tree: Path) -> list[str]:
     for name in modules(tree):
         lines = len((tree / f'dlfound/{name}.py').read_text('utf-8').splitlines())
         most = longest.get(name, 270)
-        if lines > most and name not in uncut:
-            bad.append(f'dlfound/{name}.py: {lines} lines, more than {most}: cut its notebook in two')
+        if lines > most: bad.append(f'dlfound/{name}.py: {lines} lines, more than {most}: cut its notebook in two')
     return bad
 
 
@@ -62,7 +61,6 @@ def check_bases(tree: Path) -> list[str]:
     "No class of dlfound stands on more than two others, or reads what only its subclasses have"
     bad, classes = [], list(families(tree))
     for module, cls, above in classes:
-        if module in uncut: continue
         where = f'dlfound/{module}.py: {cls.name}'
         if len(above) > 2:
             tower = ', '.join(c.name for c in above)

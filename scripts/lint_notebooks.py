@@ -6,7 +6,7 @@ from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from common import code_cells, hashes, is_lesson, key, manifest, module_of, notebooks, parsed, read, source, uncut
+from common import code_cells, hashes, is_lesson, key, manifest, module_of, notebooks, parsed, read, source
 
 directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)')
 known = { # nbdev's, and those of Quarto that a page may want
@@ -55,7 +55,7 @@ def check_format(tree: Path) -> list[str]:
 
 def check_lesson_sizes(tree: Path) -> list[str]:
     "No lesson has more than 205 cells"
-    sizes = {p: len(read(p)['cells']) for p in notebooks(tree) if is_lesson(p) and module_of(read(p)) not in uncut}
+    sizes = {p: len(read(p)['cells']) for p in notebooks(tree) if is_lesson(p)}
     return [f'{key(p, tree)}: {n} cells, more than 205: cut it into two lessons with two questions'
             for p, n in sizes.items() if n > 205]
 

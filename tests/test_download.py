@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
-import dlfound.data as data
+import dlfound.download as module
 import pytest
-from dlfound.data import Unreachable, download
+from dlfound.download import Unreachable, download, wrong_hash
 from servers import payload, serving, silence
 
 sha256, md5 = hashlib.sha256(payload).hexdigest(), hashlib.md5(payload).hexdigest()
@@ -49,11 +51,80 @@ def test_wrong_bytes_are_deleted_and_named(site, tmp_path, page):
     assert f'/{page}.bin' in str(e.value) and str(e.value).count('sha256') == 1 and left(tmp_path) == []
 
 
-@pytest.mark.parametrize('page', ['silent', 'stalls'])
-def test_time_out(site, tmp_path, page):
+@pytest.mark.parametrize('page, unreachable', [('silent', True), ('stalls', False)])
+def test_time_out(site, tmp_path, page, unreachable):
     start = time.time()
-    with pytest.raises(OSError): download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256, timeout=.5)
+    with pytest.raises(OSError) as e: download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256, timeout=.5)
     assert time.time() - start < silence / 2
+    assert isinstance(e.value, Unreachable) == unreachable and not (tmp_path / 'x').exists()
+
+
+def hangs(*args, **kwargs):
+    "A name look-up of a network that leads nowhere"
+    time.sleep(silence)
+    raise socket.gaierror(-2, 'Name or service not known')
+
+
+def test_a_resolver_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, 'getaddrinfo', hangs)
+    start = time.time()
+    with pytest.raises(Unreachable): download('http://example.invalid/x', tmp_path / 'x', timeout=.5)
+    assert time.time() - start < silence / 2
+
+
+def test_a_host_with_many_addresses_that_are_silent(tmp_path, monkeypatch):
+    "The time-out of the standard library is one for each of them"
+    with full() as address:
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM) * silence
+        monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: found)
+        start = time.time()
+        with pytest.raises(Unreachable): download(f'http://many.invalid:{address[1]}/x', tmp_path / 'x', timeout=.5)
+        assert time.time() - start < silence / 2
+
+
+@contextmanager
+def full():
+    "The address of a listener whose queue is full: it answers nothing, like a firewall that swallows packets"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for c in waiting:
+            c.setblocking(False)
+            c.connect_ex(s.getsockname())
+        yield s.getsockname()
+        for c in waiting: c.close()
+
+
+@pytest.mark.parametrize('scheme', ['http', 'https'])
+def test_a_firewall_that_swallows_packets(tmp_path, scheme):
+    with full() as address:
+        start = time.time()
+        with pytest.raises(Unreachable): download(f'{scheme}://127.0.0.1:{address[1]}/x', tmp_path / 'x', timeout=.5)
+        assert time.time() - start < silence / 2
+
+
+def test_a_firewall_that_swallows_tls(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(5)
+        start = time.time()
+        url = f'https://127.0.0.1:{s.getsockname()[1]}/x'
+        with pytest.raises(Unreachable): download(url, tmp_path / 'x', timeout=.5)
+        assert time.time() - start < silence / 2
+
+
+@pytest.mark.parametrize('answer', [b'no HTTP at all', b''])
+def test_what_answers_is_no_web_server(tmp_path, answer):
+    def serve():
+        with s.accept()[0] as c: c.recv(1000); c.sendall(answer)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(1)
+        threading.Thread(target=serve, daemon=True).start()
+        url = f'http://127.0.0.1:{s.getsockname()[1]}/x'
+        with pytest.raises(OSError, match='cannot download x') as e: download(url, tmp_path / 'x', timeout=5)
+    assert not isinstance(e.value, Unreachable)
 
 
 def test_next_address(site, tmp_path):
@@ -93,6 +164,15 @@ def test_a_part_that_does_not_fit_is_thrown_away(site, tmp_path, page, part):
 def test_without_a_hash_nothing_is_resumed(site, tmp_path):
     (tmp_path / 'x.part').write_bytes(b'something else')
     assert download(f'{site[0]}/good.bin', tmp_path / 'x').read_bytes() == payload
+    site[1].clear()
+    urls = [f'{site[0]}/truncated.bin', f'{site[0]}/good.bin']
+    assert download(urls, tmp_path / 'y').read_bytes() == payload and site[1][1] == ('/good.bin', None)
+
+
+def test_wrong_hash(tmp_path):
+    (tmp_path / 'x').write_bytes(payload)
+    assert [wrong_hash(tmp_path / 'x', *h) for h in ((), (sha256,), (None, md5.upper()), (sha256, md5))] == [''] * 4
+    assert f'its md5 is {md5} and should be {md5[::-1]}' in wrong_hash(tmp_path / 'x', sha256, md5[::-1])
 
 
 def test_what_is_there_and_right_is_not_downloaded_again(site, tmp_path):
@@ -104,22 +184,23 @@ def test_what_is_there_and_right_is_not_downloaded_again(site, tmp_path):
 
 def test_no_space(site, tmp_path, monkeypatch):
     def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(data, '_stream', full)
+    monkeypatch.setattr(module, '_stream', full)
     with pytest.raises(OSError) as e: download(f'{site[0]}/good.bin', tmp_path / 'x', sha256)
     assert e.value.errno == errno.ENOSPC
 
 
 def test_a_pipe_gets_plain_lines(site, tmp_path):
-    code = f'from dlfound.data import download; download("{site[0]}/good.bin", "x")'
+    code = f'from dlfound.download import download; download("{site[0]}/good.bin", "x")'
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == 'downloading good.bin, 0.5 MB\n' and done.stderr == ''
 
 
 def test_killed_and_taken_up_again(site, tmp_path):
-    code = f'from dlfound.data import download; download("{site[0]}/trickle.bin", "x", "{sha256}")'
+    code = f'from dlfound.download import download; download("{site[0]}/trickle.bin", "x", "{sha256}")'
     p = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.DEVNULL)
     part = tmp_path / 'x.part'
-    while not (part.exists() and part.stat().st_size > 50_000): time.sleep(.005)
+    while not (part.exists() and part.stat().st_size > 50_000) and p.poll() is None: time.sleep(.005)
+    assert p.poll() is None
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert not (tmp_path / 'x').exists()
