@@ -787,8 +787,8 @@ def test_parameters_among_plain_attributes(tmp_path):
 
 
 @pytest.mark.parametrize('what, change', [
-    ('layers', dict(model=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(.2), nn.Linear(8, 3)))),
-    ('the loss', {})])
+    ('layers', dict(model=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(.2),
+                                        nn.Linear(8, 3)))), ('the loss', {})])
 def test_other_layers_or_loss(what, change, tmp_path):
     cbs = interrupted(tmp_path, learner())
     other = learner(**change)

@@ -14,9 +14,10 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 full = os.environ.get('DLFOUND_FULL', '0') not in ('', '0')
-fits = ('tensors', 'adam', 'seeded', 'workers', 'stream', 'lazy', 'list', 'foreign', 'replacing', 'hidden', 'two', 'loss',
-        'counting')
-n_valid = dict(tensors=2, adam=2, seeded=2, workers=2, stream=2, hidden=2, two=2, loss=2)  # batches; 4 in the other fits
+fits = ('tensors', 'adam', 'seeded', 'workers', 'stream', 'lazy', 'list', 'foreign', 'replacing', 'hidden', 'two',
+        'loss', 'counting')
+# Batches of validation; 4 in the other fits
+n_valid = dict(tensors=2, adam=2, seeded=2, workers=2, stream=2, hidden=2, two=2, loss=2)
 hows = 'kill', 'term', 'ctrlc', 'exception'
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the cases are forked')
 

@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from dlfound.state import (attribute_state, load_attribute_state, load_module_state, load_opt_state, map_tensors,
-                           module_state, modes_kept, random_kept, random_state, set_random_state)
+from dlfound.state import (attribute_state, group_values, hyper, hyper_ratios, load_attribute_state, load_module_state,
+                           load_opt_state, map_tensors, module_state, modes_kept, random_kept, random_state,
+                           set_group_values, set_hyper, set_random_state)
 
 Pair = namedtuple('Pair', 'x y')
 
@@ -472,3 +473,19 @@ def test_a_sampler_that_counts_epochs():
     inner.epoch = 5
     set_random_state(states, dl)
     assert inner.epoch == 3
+
+
+# numbers of parameter groups
+
+def test_numbers_of_groups():
+    opt = torch.optim.Adam([dict(params=[torch.zeros(1)], lr=torch.tensor(.1)), dict(params=[torch.zeros(1)])], lr=.2)
+    lr, before = opt.param_groups[0]['lr'], group_values(opt)
+    for group in opt.param_groups:
+        set_hyper(group, 'lr', .5)
+        set_hyper(group, 'momentum', .7)
+    assert opt.param_groups[0]['lr'] is lr and lr == .5 and opt.param_groups[1]['betas'] == (.7, .999)
+    set_group_values(opt, before)
+    assert [float(g['lr']) for g in opt.param_groups] == [pytest.approx(.1), .2]
+    assert [hyper(g, 'momentum') for g in opt.param_groups] == [.9, .9]
+    assert hyper_ratios(opt.param_groups, 'lr') == [pytest.approx(.5), 1] and 'params' not in before[0]
+    with pytest.raises(ValueError, match="no 'made_lr'; there are: lr, betas"): hyper(dict(lr=1, betas=(1, 2)), 'made_lr')
