@@ -14,9 +14,8 @@ from torch import Tensor
 # %% ../nbs/04g_statistics.ipynb #9586ce1c
 _Moments: TypeAlias = tuple[int, Tensor, Tensor] # How many values, mean, sum of squared deviations
 
-def _moments(x: Tensor, dim: int | tuple[int, ...] | None, dtype: torch.dtype) -> _Moments:
+def _moments(x: Tensor, dim: int | tuple[int, ...] | None) -> _Moments:
     "The moments of one batch over `dim`, in two passes"
-    x = x.to(dtype)
     mean = x.mean(dim, keepdim=True)
     m2 = (x - mean).square().sum(dim)
     return x.numel() // m2.numel(), mean.reshape(m2.shape), m2
@@ -26,9 +25,8 @@ def _merged(a: _Moments, b: _Moments) -> _Moments:
     if not a[0] or not b[0]: return a if a[0] else b
     (n_a, mean_a, m_a), (n_b, mean_b, m_b) = a, (b[0], b[1].to(a[1]), b[2].to(a[1]))
     if mean_a.shape != mean_b.shape:
-        shapes = f'{tuple(mean_a.shape)} cannot be joined with {tuple(mean_b.shape)}'
-        raise ValueError(f'statistics of shape {shapes}; batches may differ in the dimensions '
-                         'averaged over only, and `dim` must be the same')
+        raise ValueError(f'statistics of shape {tuple(mean_a.shape)} cannot be joined with '
+                         f'{tuple(mean_b.shape)}; only dimensions averaged over may differ')
     n, delta = n_a + n_b, mean_b - mean_a
     return n, mean_a + delta * (n_b / n), m_a + m_b + delta.square() * (n_a * n_b / n)
 
@@ -53,7 +51,7 @@ class RunningStats:
         if x.is_complex():
             raise TypeError(f'RunningStats needs real numbers, got {x.dtype}; take x.abs()')
         dtype = self.dtype or (torch.float32 if x.device.type == 'mps' else torch.float64)
-        if x.numel(): self._seen = _merged(self._seen, _moments(x, self.dim, dtype))
+        if x.numel(): self._seen = _merged(self._seen, _moments(x.to(dtype), self.dim))
         return self
 
     def merge(self, other: 'RunningStats') -> Self: # `other` is left as it is
