@@ -78,7 +78,6 @@ class _Gather(Callback):
         self.sizes.append(learn.batch_size() if self.wanted else len(given))
         self.preds.append(host(learn.pred))
         raise CancelBatch
-
 _C = TypeVar('_C', bound=Callback)
 class Learner(TrainingLoop):
     "A model with its data, loss and optimizer, and what everybody wants to train it with"
@@ -138,7 +137,6 @@ class Learner(TrainingLoop):
         self.validate(dl, [got, Metrics()]) # Without metrics, in place of those there are
         if not got.preds: raise ValueError('there was no batch; is it a used-up iterator?')
         return concat(got.preds, got.sizes), concat(got.targets, got.sizes) if got.targets else None
-
     def predict(self, x: Any) -> Any: # Without a dimension for the batch, as `x`; on the CPU
         "What the model says to one sample without its target: a tensor, a dict, a tuple of inputs"
         sample = x if isinstance(x, Mapping) else (*x, 0) if isinstance(x, tuple) else (x,)

@@ -488,4 +488,5 @@ def test_numbers_of_groups():
     assert [float(g['lr']) for g in opt.param_groups] == [pytest.approx(.1), .2]
     assert [hyper(g, 'momentum') for g in opt.param_groups] == [.9, .9]
     assert hyper_ratios(opt.param_groups, 'lr') == [pytest.approx(.5), 1] and 'params' not in before[0]
-    with pytest.raises(ValueError, match="no 'made_lr'; there are: lr, betas"): hyper(dict(lr=1, betas=(1, 2)), 'made_lr')
+    with pytest.raises(ValueError, match="no 'made_lr'; there are: lr, betas"):
+        hyper(dict(lr=1, betas=(1, 2)), 'made_lr')
