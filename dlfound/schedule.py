@@ -28,7 +28,7 @@ def _at(pos: float) -> float:
     raise ValueError(f'a position is between 0, the first batch, and 1, the last; got {pos}')
 def sched_no(start: float, end: float) -> _Sched:
     "`start`, all the time"
-    return lambda pos: (start, _at(pos))[0]
+    return lambda pos: start + 0 * _at(pos)
 def sched_lin(start: float, end: float) -> _Sched:
     "From `start` to `end` in equal steps"
     return lambda pos: start * (1 - _at(pos)) + end * pos
@@ -75,7 +75,7 @@ class ParamScheduler(Callback):
     ):
         found: Any = scheds.values() if isinstance(scheds, Mapping) else [None]
         if not all(callable(f) for v in found for f in (v if hasattr(v, '__len__') else [v])):
-            raise TypeError(f"give schedules by name, as {{'lr': sched_cos(.1, 0)}}, got {scheds}")
+            raise TypeError(f"give schedules by name, {{'lr': sched_cos(.1, 0)}}, got {scheds}")
         self.scheds, self.n_batches, self._n = dict(scheds), n_batches, 0
         self._plan, self._before = dict[str, list[_Sched]](), list[dict[str, Any]]()
 
@@ -116,16 +116,15 @@ def one_cycle(
     div_final: float = 1e5, # And the end so many times
     momentum: tuple[float, float, float] | None = None, # Start, top and end, as (.95, .85, .95)
 ) -> dict[str, _Sched]: # For `ParamScheduler`
-    "Up to `lr` along a cosine, down to almost nothing; momentum the other way (Smith & Topin 2018)"
+    "Up to `lr` along a cosine, down to almost nothing, and `momentum` too (Smith & Topin 2018)"
     for rate in (ends := (lr / div, lr, lr / div_final)): check_lr(rate)
     def cycle(a: float, b: float, c: float) -> _Sched:
         return combine_scheds([pct, 1 - pct], [sched_cos(a, b), sched_cos(b, c)])
     return dict(lr=cycle(*ends)) | (dict(momentum=cycle(*momentum)) if momentum else {})
 def flat_cos(lr: float, pct: float = .75, div_final: float = 1e5) -> dict[str, _Sched]:
     "`lr` for a share `pct` of the fit, then down along a cosine, to `lr / div_final`"
-    for rate in lr, lr / div_final: check_lr(rate)
-    falling = sched_cos(lr, lr / div_final)
-    return dict(lr=combine_scheds([pct, 1 - pct], [sched_no(lr, lr), falling]))
+    for rate in (ends := (lr, lr / div_final)): check_lr(rate)
+    return dict(lr=combine_scheds([pct, 1 - pct], [sched_no(lr, lr), sched_cos(*ends)]))
 def warmup(lr: float, pct: float = .1, then: _Sched | None = None) -> dict[str, _Sched]:
     "From 0 up to `lr` in a line, for a share `pct` of the fit, `then` another schedule, or `lr`"
     check_lr(lr)
@@ -147,10 +146,11 @@ class TorchScheduler(Callback):
         self.scheduler, self._before = cast(Any, None), list[dict[str, Any]]() # Until a fit begins
 
     def before_fit(self, learn: TrainingLoop) -> None:
+        for group in learn.opt.param_groups: group.pop('initial_lr', None) # Of an earlier scheduler
         self._before, self.scheduler = group_values(learn.opt), self.make(learn.opt)
         self._made = deepcopy(self.scheduler.state_dict())
         if isinstance(self.scheduler, ReduceLROnPlateau) != bool(self.monitor):
-            raise ValueError("ReduceLROnPlateau, and no other, needs monitor='valid_loss' or so")
+            raise ValueError("ReduceLROnPlateau, and no other, needs monitor='valid_loss', say")
     def after_step(self, learn: TrainingLoop) -> None:
         if self.unit == 'batch': self.scheduler.step()
     def after_epoch(self, learn: TrainingLoop) -> None:

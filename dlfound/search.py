@@ -22,7 +22,7 @@ from .callbacks import Device, SanityCheck, TerminateOnNaN
 from .loop import Callback, Callbacks, CancelEpoch, CancelFit, TrainingLoop
 from .metrics import Metrics, Progress, Recorder
 from .sanity import check_loader, check_trainable
-from .schedule import ParamScheduler, TorchScheduler, sched_exp
+from .schedule import sched_exp
 from .state import load_module_state, map_tensors, module_state, random_kept
 
 # %% ../nbs/04e_search.ipynb #4ae8eb2d
@@ -67,7 +67,7 @@ class _Sweep(Callback):
 def _halfway(lrs: Sequence[float], losses: Sequence[float]) -> float | None:
     "The last rate, on the way to the lowest loss, at which less than half of the fall is done"
     low = min(range(len(losses)), key=losses.__getitem__)
-    first = losses[:max(len(losses) // 5, 1)]
+    first = losses[:max(len(losses) // 5, 5)]
     begin, end = median(first), losses[low]
     if begin - end <= 3 * (max(first) - min(first)): return None
     return lrs[max(i for i in range(low) if losses[i] > (begin + end) / 2)]
@@ -106,8 +106,10 @@ def lr_find(
         raise ValueError('a sweep goes up, from a positive rate, in at least 2 batches; '
                          f'got start={start}, end={end} and n={n}')
     sweep = _Sweep([sched_exp(start, end)(i / (n - 1)) for i in range(n)])
-    away = ParamScheduler, TorchScheduler, Progress, Recorder, Metrics, SanityCheck, TerminateOnNaN
-    stay = [cb for cb in learn.cbs if not isinstance(cb, away) and not hasattr(cb, 'monitor')]
+    if learn.cbs.called: raise RuntimeError('a fit is on; call lr_find before it')
+    away = Progress, Recorder, Metrics, SanityCheck, TerminateOnNaN
+    stay = [cb for cb in learn.cbs if not isinstance(cb, away) and
+            not hasattr(cb, 'monitor') and not hasattr(cb, 'scheds')]
     check_trainable(learn.module)
     check_loader(learn.dls.train, 'dls.train')
     for cb in stay:
@@ -117,11 +119,9 @@ def lr_find(
         learn.cbs = Callbacks(stay)
         learn.fit(n, start, sweep)
     if not sweep.ended:
-        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; '
-                         'an iterator can be used up: pass a loader')
+        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; is it a used-up iterator?')
     if len(sweep.losses) < 2:
-        raise ValueError(f'the loss was not finite at a rate of {start}; '
-                         'look at the data and the model')
+        raise ValueError(f'the loss was not finite at a rate of {start}; look at data and model')
     lrs = sweep.lrs[:len(sweep.losses)]
     return LRSweep(lrs, sweep.losses, sweep.smoothed, _halfway(lrs, sweep.smoothed))
 

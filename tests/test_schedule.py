@@ -399,3 +399,13 @@ def test_the_state_of_a_loop_that_has_not_begun():
     learn.load_state_dict(learn.state_dict())
     learn.fit(1)
     learn.load_state_dict(learn.state_dict())
+
+
+@pytest.mark.parametrize('make', [partial(lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 1.),
+                                  partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=9)])
+def test_the_next_fit_begins_at_its_own_rate(make):
+    "PyTorch leaves `initial_lr` in the groups, and would begin there again"
+    learn = learner()
+    learn.fit(1, cbs=TorchScheduler(make))
+    learn.fit(1, lr=.5, cbs=TorchScheduler(make))
+    assert learn[Recorder].lrs[-1] == .5 and learn.opt.param_groups[0]['lr'] == .5

@@ -434,3 +434,24 @@ def test_patience_may_change():
     learner().fit(1, cbs=first)
     later.load_state_dict(first.state_dict())
     assert (later.patience, later.best, later.best_epoch) == (5, first.best, 0)
+
+
+def test_a_short_sweep_over_noise_suggests_nothing():
+    torch.manual_seed(0)
+    noise = Dataset(torch.randn(400, 4), torch.randint(3, (400,)))
+    for n in 5, 8, 14:
+        assert lr_find(learner(dls=DataLoaders(DataLoader(noise, 8))), n=n).suggestion is None
+
+
+def test_a_sweep_within_a_fit_is_refused():
+    class Sweeps(Callback):
+        def before_train(self, learn): lr_find(learn)
+    with pytest.raises(RuntimeError, match='call lr_find before it'): learner().fit(1, cbs=Sweeps())
+
+
+def test_schedulers_of_others_have_no_part():
+    class Mine(Callback):
+        scheds = 'lr',
+        def before_batch(self, learn): raise AssertionError
+    learn = learner(cbs=Mine())
+    assert lr_find(learn, n=8).lrs
