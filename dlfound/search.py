@@ -119,7 +119,7 @@ def lr_find(
         learn.cbs = Callbacks(stay)
         learn.fit(n, start, sweep)
     if not sweep.ended:
-        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; is it a used-up iterator?')
+        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; is the loader empty?')
     if len(sweep.losses) < 2:
         raise ValueError(f'the loss was not finite at a rate of {start}; look at data and model')
     lrs = sweep.lrs[:len(sweep.losses)]
