@@ -134,7 +134,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dlfound.data.Source': ('tools/data.html#source', 'dlfound/data.py'),
                               'dlfound.data._cached': ('tools/data.html#_cached', 'dlfound/data.py'),
                               'dlfound.data._flag': ('tools/data.html#_flag', 'dlfound/data.py'),
-                              'dlfound.data._from_network': ('tools/data.html#_from_network', 'dlfound/data.py'),
                               'dlfound.data._in_mirror': ('tools/data.html#_in_mirror', 'dlfound/data.py'),
                               'dlfound.data._one': ('tools/data.html#_one', 'dlfound/data.py'),
                               'dlfound.data._real': ('tools/data.html#_real', 'dlfound/data.py'),

@@ -15,7 +15,6 @@ import stat
 import tarfile
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,7 @@ def _place(name: str, is_folder: bool, seen: dict[str, tuple[str, bool]]) -> str
     name = name.replace('\\', '/')
     parts = [p for p in name.split('/') if p not in ('', '.')]
     if any(p == '..' or p[1:2] == ':' or '\0' in p for p in parts) or name.startswith('/'):
-        raise ValueError(f'the member {name!r} would leave the folder')
+        raise ValueError(f'the member {name!r} would leave the folder, or names a drive')
     if not (parts or is_folder): raise ValueError('a member has no name')
     for i in range(1, len(parts) + 1):
         here = '/'.join(parts[:i]), is_folder or i < len(parts)
@@ -47,7 +46,9 @@ class _Meter:
         "At most `n` bytes, and at most a mebibyte"
         chunk = self.stream.read(min(n, 1 << 20))
         self.n += len(chunk)
-        if self.n > self.limit: raise ValueError(f'it unpacks to more than {self.limit:,} bytes')
+        if self.n > self.limit:
+            raise ValueError(f'it unpacks to more than {self.limit:,} bytes: if you trust it, '
+                             'raise max_ratio or max_bytes')
         return chunk
 
 # %% ../nbs/tools/archive.ipynb #bb4902c7
@@ -86,35 +87,34 @@ def _members(archive: Path, meter: _Meter) -> Iterator[tuple[str, Any]]:
 # %% ../nbs/tools/archive.ipynb #87b2e8bb
 def extract(
     archive: str | Path, # A zip, or a tar, plain or in gz, bz2 or xz; told by content
-    folder: str | Path, # Where the members go: a new folder, or an empty one
+    folder: str | Path, # Where the members go: a new or an empty folder, else `FileExistsError`
     max_members: int = 500_000, # An archive with more is refused
     max_bytes: int = 50 * 10**9, # An archive that unpacks to more is refused
     max_ratio: float = 200, # And one that unpacks to more than this many times its size (and 1 MiB)
-) -> Path: # `folder`
-    """Unpack an archive, all of it or nothing.
-
-    Raises `ValueError` if it is broken or hostile, `FileExistsError` if the folder is not empty.
-    """
-    archive, folder = Path(archive), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f'{folder} is not an empty folder: name a new one to extract to')
+) -> Path: # The folder, absolute
+    "Unpack all of an archive, or nothing and raise `ValueError` if it is broken or hostile"
+    archive, target = Path(archive).expanduser(), Path(folder).expanduser().resolve()
+    if target.exists() and (target == Path.cwd() or not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f'{target} is the current folder or no empty one: name a new folder')
     limit = min(max_bytes, max(int(archive.stat().st_size * max_ratio), 1 << 20))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix='.extract-', dir=folder.parent) as tmp:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix='.extract-', dir=target.parent) as tmp:
         new, seen = Path(tmp, 'new'), dict[str, tuple[str, bool]]()
         new.mkdir()
         try:
             for n, (name, stream) in enumerate(_members(archive, _Meter(limit))):
-                if n == max_members: raise ValueError(f'it has more than {max_members:,} members')
+                if n == max_members:
+                    raise ValueError(f'more than {n:,} members: if you trust it, raise max_members')
                 path = new / _place(name, stream is None, seen)
                 (path if stream is None else path.parent).mkdir(parents=True, exist_ok=True)
                 if stream is None: continue
                 with open(path, 'xb') as f: shutil.copyfileobj(stream, f, 1 << 18)
-        except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, tarfile.TarError,
-                lzma.LZMAError, zlib.error) as e:
-            if getattr(e, 'errno', None) not in (None, errno.EINVAL): raise # As of a full disk
+        except Exception as e: # Damaged bytes can raise anything; a full disk is no damage
+            if getattr(e, 'errno', None) not in (None, errno.EINVAL, errno.ENAMETOOLONG): raise
             why = e if isinstance(e, ValueError) else f'it cannot be read: {e}'
             raise ValueError(f'{archive.name} is refused and nothing extracted: {why}') from e
-        if folder.exists(): folder.rmdir()
-        new.rename(folder)
-    return folder
+        if target.exists():
+            shutil.copymode(target, new)
+            target.rmdir()
+        new.rename(target)
+    return target

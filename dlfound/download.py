@@ -89,15 +89,17 @@ def download(
     md5: str | None = None, # The same, where a publisher states only this
     timeout: float = 10, # Seconds without an answer, or a byte, before the next address is tried
 ) -> Path: # `dest`
-    """Download a file, resuming where the server allows it; it gets its name only when it is whole.
+    """Download a file, resuming where the server allows it; it gets its name only when it has the
+    hash, or else the length that the server states.
 
     Raises `ValueError` for a wrong hash (the file is deleted), `Unreachable` if no server answered,
     else `OSError`.
     """
-    urls, dest = [urls] if isinstance(urls, str) else [*urls], Path(dest)
-    bad = [u for u in urls if urlsplit(u).scheme not in ('http', 'https')]
-    if bad or not urls:
-        raise ValueError(f'download needs http or https addresses, got {bad or urls}')
+    urls, dest = [urls] if isinstance(urls, str) else [*urls], Path(dest).expanduser()
+    try: good = all((u := urlsplit(url)).scheme in ('http', 'https') and u.hostname for url in urls)
+    except ValueError: good = False # As of 'http://[::1/x'
+    if not (urls and good): raise ValueError(f'download needs http or https addresses, got {urls}')
+    if dest.is_dir(): raise IsADirectoryError(f'{dest} is a folder: name the file to write in it')
     checked, ours = bool(sha256 or md5), (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
     if checked and dest.is_file() and not wrong_hash(dest, sha256, md5): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -110,16 +112,17 @@ def download(
             if resumed and wrong_hash(part, sha256, md5):
                 part.unlink()
                 _stream(url, part, timeout)
+            if wrong := wrong_hash(part, sha256, md5):
+                part.unlink()
+                raise ValueError(f'another file than expected, {wrong}. It was deleted; try again, '
+                                 'or look whether the file has changed at its source')
         except (OSError, ValueError, HTTPException) as e:
             if getattr(e, 'errno', None) in ours: raise # A full disk is not the server's fault
             failed[url] = e
             continue
-        if wrong := wrong_hash(part, sha256, md5):
-            part.unlink()
-            raise ValueError(f'{url} gave another file than expected: {wrong}. It was deleted; try '
-                             'again, or look whether the file has changed at its source')
         os.replace(part, dest)
         return dest
-    unreachable = all(isinstance(e, Unreachable) for e in failed.values())
+    kinds = {ValueError if isinstance(e, ValueError) else type(e) for e in failed.values()}
+    kind = ValueError if ValueError in kinds else Unreachable if kinds == {Unreachable} else OSError
     told = '; '.join(f'{url}: {e}' for url, e in failed.items())
-    raise (Unreachable if unreachable else OSError)(f'cannot download {dest.name}: {told}')
+    raise kind(f'cannot download {dest.name}: {told}')

@@ -37,10 +37,10 @@ def read_idx(
     dims: int, # How many dimensions it should have
 ) -> Tensor: # uint8
     "The bytes of an idx file; `ValueError` if they are not what its header says"
-    again = 'remove it and fetch the set again'
+    again = f'remove the folder {path.parent} and fetch the set again'
     try: raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f'{path} is damaged ({e}): {again}') from e
+        raise ValueError(f'{path} cannot be read ({e}): {again}') from e
     magic, *shape = [int.from_bytes(raw[4 * i:4 * i + 4], 'big') for i in range(dims + 1)]
     if magic != 0x800 + dims:
         raise ValueError(f'{path} begins with {magic:#x} and not {0x800 + dims:#x}: '
@@ -102,10 +102,13 @@ def make_digits(
     n_train: int = 10_000, # Images to train on
     n_valid: int = 2_000, # And to validate, at the end of the same file
     n_test: int = 2_000, # In the file of their own that MNIST's test set has
-    seed: int = 42, # Of a generator of its own: the same seed gives the same bytes
+    seed: int = 42, # Of a generator of its own
 ) -> Path: # `folder`
-    "Stand-in digits: glyphs of matplotlib's fonts, warped and noised; no font is in two parts"
+    "Stand-in digits: glyphs of matplotlib's fonts, warped and noised; no font file is in two parts"
     folder, g, fonts = Path(folder), torch.Generator().manual_seed(seed), digit_fonts()
+    if len(fonts) < 4: raise ValueError(f'four fonts with digits are needed, got {len(fonts)}')
+    if min(n_train, n_valid, n_test) < 1:
+        raise ValueError(f'each part needs an image, got {n_train=}, {n_valid=}, {n_test=}')
     order = torch.randperm(len(fonts), generator=g).tolist()
     cuts = 0, len(fonts) - 2 * (len(fonts) // 4), len(fonts) - len(fonts) // 4, len(fonts)
     parts = []
@@ -136,6 +139,7 @@ def read_digits(
 @contextmanager
 def whole_folder(dest: Path) -> Iterator[Path | None]: # What to fill; `None` if `dest` is there
     "A folder appears whole when the block ends, or not at all; one process at a time makes it"
+    dest = dest.resolve() # A link to a folder on another disk stays one
     work = dest.with_name(f'.work-{dest.name}')
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 payload = bytes(range(256)) * 2000
-silence = 10 # Seconds for which `silent` and `stalls` say nothing
+silence = 60 # Seconds for which `silent` and `stalls` say nothing
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -247,6 +247,28 @@ def test_a_set_without_address(home, toy, mirror, monkeypatch):
     assert is_standin('toy')
 
 
+def test_a_set_that_no_server_has(home, toy, monkeypatch, capsys):
+    toy()
+    calls = asked(monkeypatch)
+    for offline in '0', '1':
+        monkeypatch.setenv('DLFOUND_OFFLINE', offline)
+        with pytest.raises(ConnectionError, match='no server has it: set DLFOUND_MIRROR to a folder with toy.tgz$'):
+            fetch('toy', standin=False)
+    assert not calls and not home.exists() and is_standin('toy')
+    assert capsys.readouterr().out.endswith('no server has it: set DLFOUND_MIRROR to a folder with toy.tgz\n')
+
+
+@pytest.mark.parametrize('page', ['missing', 'broken', 'truncated'])
+def test_an_answer_of_another_kind_has_a_remedy(home, toy, page, monkeypatch):
+    with serving() as (site, _):
+        toy(f'{site}/{page}.tgz')
+        with pytest.raises(OSError) as e: fetch('toy')
+    assert e.value.__notes__ == ['For a stand-in, if any, set DLFOUND_STANDIN=1, '
+                                 'or set DLFOUND_MIRROR to a folder with toy.tgz']
+    monkeypatch.setenv('DLFOUND_STANDIN', '1')
+    assert is_standin('toy')
+
+
 def test_a_set_of_several_files(home, mirror, monkeypatch):
     files = [mirror / 'a.gz', mirror / 'toy/b.gz']
     files[1].parent.mkdir()
@@ -268,6 +290,7 @@ def test_no_space(home, toy, nobody, mirror, monkeypatch):
     toy(nobody)
     monkeypatch.setattr(data, 'extract', full)
     with pytest.raises(OSError, match='No space left') as e: fetch('toy')
+    assert not hasattr(e.value, '__notes__')
     assert e.value.errno == errno.ENOSPC and [p.name for p in home.iterdir()] == ['.lock-toy']
 
 

@@ -48,7 +48,7 @@ def test_a_truncated_download_is_refused_without_a_hash_too(site, tmp_path):
 @pytest.mark.parametrize('page', ['wrong', 'short'])
 def test_wrong_bytes_are_deleted_and_named(site, tmp_path, page):
     with pytest.raises(ValueError, match=sha256) as e: download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256)
-    assert f'/{page}.bin' in str(e.value) and str(e.value).count('sha256') == 1 and left(tmp_path) == []
+    assert f'/{page}.bin: another file' in str(e.value) and str(e.value).count('sha256') == 1 and left(tmp_path) == []
 
 
 @pytest.mark.parametrize('page, unreachable', [('silent', True), ('stalls', False)])
@@ -75,7 +75,7 @@ def test_a_resolver_that_hangs(tmp_path, monkeypatch):
 def test_a_host_with_many_addresses_that_are_silent(tmp_path, monkeypatch):
     "The time-out of the standard library is one for each of them"
     with full() as address:
-        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM) * silence
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM) * 2 * silence
         monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: found)
         start = time.time()
         with pytest.raises(Unreachable): download(f'http://many.invalid:{address[1]}/x', tmp_path / 'x', timeout=.5)
@@ -128,7 +128,7 @@ def test_what_answers_is_no_web_server(tmp_path, answer):
 
 
 def test_next_address(site, tmp_path):
-    urls = [f'{site[0]}/{p}.bin' for p in ('missing', 'truncated', 'broken', 'good')]
+    urls = [f'{site[0]}/{p}.bin' for p in ('missing', 'wrong', 'truncated', 'broken', 'good')]
     assert download(urls, tmp_path / 'x', sha256).read_bytes() == payload
     assert left(tmp_path) == ['x']
 
@@ -142,9 +142,29 @@ def test_nobody_listens(tmp_path):
     assert not (tmp_path / 'x').exists()
 
 
-@pytest.mark.parametrize('bad', ['ftp://example.org/x', 'file:///etc/hostname', []])
+@pytest.mark.parametrize('bad', ['ftp://example.org/x', 'file:///etc/hostname', 'http:///x', 'https://:80/x',
+                                 'http://[::1/x', 'x', '', []])
 def test_other_addresses(tmp_path, bad):
     with pytest.raises(ValueError, match='http'): download(bad, tmp_path / 'x')
+
+
+def test_a_wrong_hash_and_a_server_that_is_gone(site, tmp_path):
+    urls = f'{site[0]}/wrong.bin', 'http://no-such-host.invalid/x'
+    with pytest.raises(ValueError, match=f'another file than expected.*{sha256}.*no-such-host'):
+        download(urls, tmp_path / 'x', sha256)
+    assert left(tmp_path) == []
+
+
+def test_a_folder_is_refused_before_anything_is_asked(site, tmp_path):
+    site[1].clear()
+    with pytest.raises(IsADirectoryError, match='name the file'): download(f'{site[0]}/good.bin', tmp_path)
+    assert site[1] == [] and left(tmp_path) == []
+
+
+def test_the_home_of_the_user(site, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert download(f'{site[0]}/good.bin', '~/in/x') == tmp_path / 'in/x' and left(tmp_path) == ['in']
 
 
 def test_resumes(site, tmp_path):

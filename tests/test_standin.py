@@ -1,5 +1,6 @@
 "Stand-in digits and the files they come in: what is damaged is named, seeds and fonts stay apart, a folder is whole."
 import gzip
+import shutil
 import threading
 
 import dlfound.standin as module
@@ -45,6 +46,15 @@ def test_damaged_gz(digits):
     with pytest.raises(ValueError, match='fetch the set again'): load_mnist()
 
 
+def test_the_remedy_for_a_damaged_file_works(digits):
+    path = digits / 'train-images-idx3-ubyte.gz'
+    path.write_bytes(b'damaged')
+    with pytest.raises(ValueError, match='cannot be read .*: remove the folder') as e: load_mnist()
+    assert f'remove the folder {digits} and' in str(e.value)
+    shutil.rmtree(digits)
+    assert len(load_mnist()[0]) == 10_000
+
+
 def test_label_outside_the_classes(digits):
     path = digits / 'train-labels-idx1-ubyte.gz'
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1] + b'\x0a'))
@@ -77,6 +87,21 @@ def test_no_font_is_in_two_parts(tmp_path, monkeypatch, seed):
     assert all(len(f) >= 4 for f in fonts) and not (a & b | a & c | b & c)
 
 
+@pytest.mark.parametrize('sizes', [(0, 1, 1), (1, 0, 1), (1, 1, 0), (5, -1, 5)])
+def test_every_part_needs_an_image(tmp_path, sizes):
+    with pytest.raises(ValueError, match=f'n_valid={sizes[1]}'): make_digits(tmp_path / 'a', *sizes)
+    assert left(tmp_path) == []
+
+
+def test_no_fonts(tmp_path, monkeypatch):
+    fonts = module.digit_fonts()
+    for n in 0, 3:
+        monkeypatch.setattr(module, 'digit_fonts', lambda: fonts[:n])
+        with pytest.raises(ValueError, match=f'four fonts with digits are needed, got {n}'): make_digits(tmp_path / 'a')
+    monkeypatch.setattr(module, 'digit_fonts', lambda: fonts[:4])
+    make_digits(tmp_path / 'a', 10, 10, 10)
+
+
 def left(folder): return sorted(p.name for p in folder.iterdir())
 
 
@@ -92,6 +117,17 @@ def test_a_folder_is_whole_or_not_there(tmp_path, error):
     assert left(tmp_path) == ['.lock-set', 'set'] and left(tmp_path / 'set') == ['x']
     with whole_folder(tmp_path / 'set') as new: assert new is None
     assert left(tmp_path / 'set') == ['x']
+
+
+def test_a_link_to_another_disk_stays_one(tmp_path):
+    for there in True, False:
+        place, link = tmp_path / f'disk{there}', tmp_path / f'set{there}'
+        place.mkdir()
+        if there: (place / 'set').mkdir()
+        link.symlink_to(place / 'set')
+        with whole_folder(link) as new: (new / 'x').touch()
+        assert link.is_symlink() and left(link) == ['x'] and left(place) == ['.lock-set', 'set']
+        with whole_folder(link) as new: assert new is None
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
