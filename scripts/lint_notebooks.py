@@ -163,3 +163,16 @@ def check_staircase(tree: Path) -> list[str]:
                 bad.append(f'{key(path, tree)} is a tool and imports dlfound.{module} of a lesson: '
                            'tools import tools only')
     return bad
+
+
+def check_lesson_imports(tree: Path) -> list[str]:
+    "Notebooks import from modules, which tell where a name was made, not from the package"
+    bad, modules = [], {p.stem for p in (tree / 'dlfound').glob('*.py')}
+    for path in notebooks(tree):
+        for cell in code_cells(read(path)):
+            for n in ast.walk(parsed(cell)):
+                if not isinstance(n, ast.ImportFrom) or n.module != 'dlfound': continue
+                names = ', '.join(a.name for a in n.names if a.name not in modules)
+                if names: bad.append(f'{key(path, tree)}, cell {cell.get("id")} imports {names} from dlfound: '
+                                     'import it from the module that makes it')
+    return bad

@@ -253,6 +253,13 @@ def test_tool_that_imports_a_lesson(clean):
     assert 'tools import tools only' in check.check_staircase(clean)[0]
 
 
+def test_lessons_import_from_modules(clean):
+    put(clean, 'from dlfound import first, Learner')
+    assert 'imports Learner from dlfound: import it from the module' in check.check_lesson_imports(clean)[0]
+    put(clean, 'from dlfound import first')
+    assert check.check_lesson_imports(clean) == []
+
+
 def test_export_forgotten(clean):
     edit(clean / 'nbs/00_first.ipynb', lambda nb: cell(nb, 2)['source'].append('  # new'))
     assert any('dlfound/first.py' in b for b in check.check_export(clean))
