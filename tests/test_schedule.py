@@ -5,33 +5,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from dlfound.learner import (Callback, DataLoaders, GradientAccumulation, Learner, Recorder, SingleBatch)
-from dlfound.minibatch import Dataset, accuracy
+from dlfound.learner import Callback, DataLoaders, GradientAccumulation, Recorder, SingleBatch
 from dlfound.schedule import (ParamScheduler, TorchScheduler, combine_scheds, flat_cos, one_cycle, sched_cos, sched_exp,
                               sched_lin, sched_no, warmup)
+from fits import data, learner
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 positive = st.floats(1e-8, 1e4)
-
-
-def data(n=40, **kwargs):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 4, generator=g)
-    train, valid = Dataset(x, x.argmax(1) % 3), Dataset(x[:20], x[:20].argmax(1) % 3)
-    return DataLoaders.from_datasets(train, valid, 8, generator=g, **kwargs)
-
-
-def learner(opt=optim.SGD, cbs=(), dls=None, model=None, **kwargs):
-    torch.manual_seed(0)
-    model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.2), nn.Linear(8, 3))
-    kwargs = dict(metrics=accuracy, progress=False) | kwargs
-    return Learner(dls or data(), model, F.cross_entropy, opt, lr=.1, cbs=cbs, **kwargs)
 
 
 @given(positive, positive)
