@@ -33,6 +33,17 @@ def interrupted(folder, learn, cbs=(), epochs=2, stop=(1, 2), unit='batch', **kw
     return cbs
 
 
+def goes_on(made, folder, cbs=(), stop=(1, 2)):
+    "A fit of two epochs that nothing disturbs, and one that `resume` finishes; Learners by `made()`"
+    whole, broken, again = made(), made(), made()
+    torch.manual_seed(4)
+    whole.fit(2, cbs=cbs)
+    torch.manual_seed(4)
+    resume(again, folder, interrupted(folder, broken, cbs, stop=stop))
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    return whole, again
+
+
 @pytest.mark.parametrize('bad', [dict(every=0), dict(every='batch'), dict(keep=0), dict(unit='step'), dict(mode='up')])
 def test_checkpoint_refuses(bad, tmp_path):
     with pytest.raises(ValueError): Checkpoint(tmp_path, **bad)
@@ -441,12 +452,7 @@ def test_batches_that_no_file_can_hold(tmp_path):
     def made():
         torch.manual_seed(0)
         return learner(dls=DataLoaders(batches), model=Model(4, 3), metrics=())
-    whole, again, broken = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    resume(again, tmp_path, interrupted(tmp_path, broken))
-    assert same(state(whole), state(again))
+    goes_on(made, tmp_path)
 
 
 def test_a_batch_that_a_callback_changes_in_place(tmp_path):
@@ -502,13 +508,8 @@ def test_a_hidden_state_goes_on(tmp_path):
             self.h, self.n = (h.detach(), c.detach()), self.n + 1
             return self.out(out[:, 0]) / (1 + .1 * self.n)
     def made(): return learner(dls=DataLoaders(data().train), model=Carrying(), metrics=())
-    whole, again, broken = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    cbs = interrupted(tmp_path, broken)
-    resume(again, tmp_path, cbs)
-    assert whole[Recorder].losses == again[Recorder].losses and again.model.n == whole.model.n == 10
+    whole, again = goes_on(made, tmp_path)
+    assert again.model.n == whole.model.n == 10
 
 
 def test_a_second_optimizer_goes_on(tmp_path):
@@ -521,13 +522,7 @@ def test_a_second_optimizer_goes_on(tmp_path):
     def made():
         torch.manual_seed(0)
         return Two(data(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
-    whole, again, broken = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    cbs = interrupted(tmp_path, broken)
-    resume(again, tmp_path, cbs)
-    assert whole[Recorder].losses == again[Recorder].losses and same(state(whole), state(again))
+    goes_on(made, tmp_path)
 
 
 @pytest.mark.parametrize('stop', [(1, 2), (1, 0)])
@@ -647,13 +642,7 @@ def test_random_targets(kind, stop, tmp_path):
         loaders = data()
         loaders.train = kind(loaders.train.dataset, 8, shuffle=True, collate_fn=mixed)
         return learner(dls=loaders, metrics=())
-    whole, broken, again = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    cbs = interrupted(tmp_path, broken, stop=stop)
-    resume(again, tmp_path, cbs)
-    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+    goes_on(made, tmp_path, stop=stop)
 
 
 def test_a_callback_that_changes_the_loader(tmp_path):
@@ -692,14 +681,8 @@ def test_parameters_among_plain_attributes(tmp_path):
     def made():
         torch.manual_seed(0)
         return learner(model=Odd(), metrics=())
-    whole, broken, again = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    cbs = interrupted(tmp_path, broken)
-    resume(again, tmp_path, cbs)
+    _, again = goes_on(made, tmp_path)
     assert again.model.ws[0] is again.model.l.weight and type(again.model.size) is torch.Size
-    assert same(state(whole), state(again))
 
 
 @pytest.mark.parametrize('what, change', [
@@ -723,16 +706,9 @@ def test_optimizers_in_a_list(tmp_path):
     def made():
         torch.manual_seed(0)
         return Three(data(), nn.Sequential(nn.Linear(4, 3)), F.cross_entropy)
-    whole, broken, again = made(), made(), made()
-    torch.manual_seed(4)
-    whole.fit(2)
-    torch.manual_seed(4)
-    cbs = interrupted(tmp_path, broken)
-    resume(again, tmp_path, cbs)
-    assert same(state(whole), state(again))
-    with pytest.raises(ValueError, match='parts with a state'):
-        torch.manual_seed(0)
-        resume(Learner(data(), nn.Sequential(nn.Linear(4, 3)), F.cross_entropy, progress=False), tmp_path, cbs)
+    goes_on(made, tmp_path)
+    one = Learner(data(), nn.Sequential(nn.Linear(4, 3)), F.cross_entropy, progress=False)
+    with pytest.raises(ValueError, match='parts with a state'): resume(one, tmp_path)
 
 
 def test_an_abandoned_branch_is_not_the_newest(tmp_path):
