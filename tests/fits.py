@@ -95,4 +95,5 @@ def rounded():
     return DataLoaders(*([(x.bfloat16(), y) for x, y in dl] for dl in (data().train, data().valid))), []
 
 
-odd_places = [(wrapped, optim.SGD, torch.float32), (joined, optim.SGD, torch.float32), (rounded, Masters, torch.bfloat16)]
+odd_places = [(wrapped, optim.SGD, torch.float32), (joined, optim.SGD, torch.float32),
+              (rounded, Masters, torch.bfloat16)]
