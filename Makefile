@@ -14,8 +14,8 @@ lab: ## open the first lesson in JupyterLab (ARGS="--no-browser --port 9999" are
 test: ## run every check: notebooks, pytest, types, lint, committed files
 	@$(env) && $(py) scripts/test.py
 
-export: ## write dlfound/ from the notebooks
-	@$(env) && .venv/bin/nbdev-export
+export: ## write dlfound/ from the notebooks, and their links and tables
+	@$(env) && $(py) scripts/export.py
 
 clean: ## strip notebooks of the metadata that Jupyter adds
 	@$(env) && .venv/bin/nbdev-clean

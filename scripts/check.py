@@ -9,37 +9,43 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import is_lesson, key, manifest, module_of, notebooks, read, root, source
+from common import is_lesson, notebooks, read, root, source
 from lint_code import check_bases, check_module_sizes, check_private, check_times, check_widths
 from lint_notebooks import (check_cell_widths, check_directives, check_format, check_lesson_imports, check_lesson_sizes,
                             check_names, check_outputs, check_staircase, check_stored)
+from tables import rows
 
 bin = Path(sys.executable).parent
+apart = '.venv', '.git', '__pycache__', '.hypothesis', '.ipynb_checkpoints', 'my'
 
 
-def generated(tree: Path, command: str, folder: str) -> list[str]:
-    "What `command` would change in `folder`, found out in a copy"
+def generated(tree: Path, command: list, target: str) -> list[str]:
+    "What `command`, which make calls `target`, would change, found out in a copy"
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp, 'copy')
-        ignore = shutil.ignore_patterns('.venv', '.git', '__pycache__', '.hypothesis', '.ipynb_checkpoints')
-        shutil.copytree(tree, copy, ignore=ignore)
-        before = {p: p.read_bytes() for p in copy.rglob('*') if p.is_file()}
-        done = subprocess.run([bin / command], cwd=copy, capture_output=True, text=True)
-        if done.returncode: return [f'{command} fails: {done.stderr.strip()[-1500:]}']
-        after = {p: p.read_bytes() for p in copy.rglob('*')
-                 if p.is_file() and p.name != '.last_checked' and '__pycache__' not in p.parts}
+        shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(*apart))
+        before = contents(copy)
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        if done.returncode: return [f'make {target} fails: {done.stderr.strip()[-1500:]}']
+        after = contents(copy)
         changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-        return [f'{command} would change {p.relative_to(copy)}: run make {folder} and commit' for p in changed]
+        return [f'make {target} would change {p.relative_to(copy)}: run it and commit' for p in changed]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    "What every file holds, but for those that come and go by themselves"
+    return {p: p.read_bytes() for p in folder.rglob('*')
+            if p.is_file() and p.name != '.last_checked' and '__pycache__' not in p.parts}
 
 
 def check_export(tree: Path) -> list[str]:
-    "nbdev-export would change nothing"
-    return generated(tree, 'nbdev-export', 'export')
+    "make export would change nothing"
+    return generated(tree, [sys.executable, 'scripts/export.py'], 'export')
 
 
 def check_clean(tree: Path) -> list[str]:
-    "nbdev-clean would change nothing"
-    return generated(tree, 'nbdev-clean', 'clean')
+    "make clean would change nothing"
+    return generated(tree, [bin / 'nbdev-clean'], 'clean')
 
 
 def check_places(tree: Path) -> list[str]:
@@ -54,39 +60,16 @@ def check_places(tree: Path) -> list[str]:
     return bad
 
 
-def table(text: str) -> dict[str, list[str]]:
-    "Rows of the lessons' table by notebook name"
-    return {m[1]: [c.strip() for c in line.strip().strip('|').split('|')] for line in text.splitlines()
-            if line.startswith('|') and (m := re.search(r'\((?:nbs/)?(\w+)\.ipynb\)', line))}
-
-
-def exports(tree: Path, module: str | None) -> set[str]:
-    "The names in `__all__` that a module of dlfound defines, not those that it passes on"
-    path = tree / f'dlfound/{module}.py'
-    text = path.read_text(encoding='utf-8') if path.exists() else ''
-    found = re.search(r'__all__ = \[(.*?)\]', text, re.S)
-    own = set(re.findall(r'^(?:(?:async )?def |class )?(\w+)', text, re.M))
-    return set(re.findall(r"'(\w+)'", found[1])) & own if found else set()
-
-
 def check_front_page(tree: Path) -> list[str]:
-    "README and index list every lesson, with the names that it exports and a time that is about right"
-    bad, record = [], manifest(tree)
-    index = '\n'.join(source(c) for c in read(tree / 'nbs/index.ipynb')['cells'])
-    for name, text in ('README.md', (tree / 'README.md').read_text(encoding='utf-8')), ('nbs/index.ipynb', index):
-        rows = table(text)
-        for path in notebooks(tree):
-            if not is_lesson(path): continue
-            row = rows.pop(path.stem, None)
-            if row is None or len(row) != 4:
-                bad.append(f'{name}: its table has no row for {path.stem}: add lesson, question, exports, seconds')
-                continue
-            differ = ', '.join(sorted(set(re.findall(r'`(\w+)`', row[2])) ^ exports(tree, module_of(read(path)))))
-            if differ: bad.append(f'{name}: the row of {path.stem} differs from what it exports by {differ}')
-            seconds, stated = record.get(key(path, tree), {}).get('seconds', 0), re.search(r'\d+', row[3])
-            if not stated or not seconds / 2 - 5 <= int(stated[0]) <= 2 * seconds + 5:
-                bad.append(f'{name}: {path.stem} says {row[3]} s, and took {seconds} s')
-        bad += [f'{name}: {stem} is listed and is no lesson' for stem in rows]
+    "README's table says what every lesson asks, and in five words what it gives; the index has the same rows"
+    bad, readme = [], rows((tree / 'README.md').read_text(encoding='utf-8'))
+    lessons = [p.stem for p in notebooks(tree) if is_lesson(p)]
+    for name in lessons:
+        _, question, gives, *_ = [*readme.get(name, []), '', '', ''][:3]
+        if not question or not 1 <= len(gives.split()) <= 5:
+            bad.append(f'README.md: the row of {name} lacks its question, or what it gives in one to five words')
+    index = rows('\n'.join(source(c) for c in read(tree / 'nbs/index.ipynb')['cells']))
+    if [*index] != lessons: bad.append('nbs/index.ipynb: its table lists other lessons than there are: run make export')
     return bad
 
 

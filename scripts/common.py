@@ -46,7 +46,13 @@ def source(cell: dict) -> str:
 
 
 def code_cells(nb: dict) -> list[dict]:
-    return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip()]
+    "The cells of code that somebody wrote: not the install line that make export puts there"
+    return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip() and not generated(c)]
+
+
+def generated(cell: dict) -> str | None:
+    "What `make export` calls the cell, if it made it"
+    return cell['metadata'].get('nbdev', {}).get('generated')
 
 
 def parsed(cell: dict) -> ast.Module:

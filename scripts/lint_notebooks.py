@@ -11,12 +11,14 @@ from common import code_cells, hashes, is_lesson, key, manifest, module_of, note
 directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)')
 known = { # nbdev's, and those of Quarto that a page may want
     'default_exp', 'export', 'exporti', 'exports', 'exportd', 'exec_doc', 'hide', 'hide_line', 'hide_input',
-    'hide_output', 'eval', 'filter_stream', 'notest', 'fig-alt', 'fig-cap', 'label', 'echo', 'output', 'warning',
+    'hide_output', 'filter_stream', 'fig-alt', 'fig-cap', 'label', 'echo', 'output', 'warning',
     'code-fold',
 }
 gone = {
     'slow': 'keep a long result with stored(name, run) of dlfound.stored, and run a small version',
     'cuda': 'ask for a GPU in Python, and keep what it gave with stored(name, run) of dlfound.stored',
+    'eval': 'Run All knows no such thing: show what the cell would do in Markdown, or ask in Python whether it can run',
+    'notest': 'make test runs every cell, as Run All does: ask in Python whether it can run',
 }
 
 
@@ -30,7 +32,7 @@ def check_directives(tree: Path) -> list[str]:
                 if m := directive.match(line):
                     where = f'{key(path, tree)}, cell {cell.get("id")}: #| {m[1]}'
                     hint = ''.join(f'; did you mean {near}?' for near in difflib.get_close_matches(m[1], known, 1))
-                    if m[1] in gone: bad.append(f'{where} would keep the cell from Run All: {gone[m[1]]}')
+                    if m[1] in gone: bad.append(f'{where} is not for these pages: {gone[m[1]]}')
                     elif m[1] not in known: bad.append(f'{where} is no directive{hint}')
                     elif in_code: bad.append(f'{where} is below the first line of code, where nbdev ignores it: '
                                              'move it to the top')

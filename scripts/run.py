@@ -1,11 +1,13 @@
-"""Run notebooks from top to bottom and save their outputs, cleaned; or run them under other seeds and save nothing.
+"""Run notebooks from top to bottom, as Run All does, and save their outputs, cleaned.
 
-A notebook that fails, or that ran on stand-in data, is left as it was. With DLFOUND_FULL=1 stored results are computed
-anew, except under other seeds.
+Or save nothing: with --seeds they run under other seeds, with --check as they are, with --start-method as on systems
+where worker processes begin in another way. A notebook that fails, or that ran on stand-in data, is left as it was.
+With DLFOUND_FULL=1 stored results are computed anew, except under other seeds.
 """
 import argparse
 import ast
 import base64
+import multiprocessing
 import os
 import re
 import sys
@@ -18,9 +20,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
-from nbdev.test import nb_test_cells
 
 from common import environment, hashes, key, manifest, notebooks, read, root, save_manifest
+from tables import write_tables
 
 stood_in = '''
 import sys
@@ -73,44 +75,38 @@ def find(wanted: list[str]) -> list[Path]:
     return found
 
 
-def execute(path: Path, offset: int = 0) -> tuple[dict, list[str], float, int]:
-    "The executed notebook, the ids of the cells that ran, the seconds it took, the number of seeds shifted"
-    ran = [c.id for c in nb_test_cells(path, ['notest']) if c.cell_type == 'code']
+def execute(path: Path, offset: int = 0, start_method: str | None = None) -> tuple[dict, float, int, list[str]]:
+    "The executed notebook, the seconds it took, the number of seeds shifted, and the sets that had stand-ins"
     nb = nbformat.read(path, as_version=4)
     seeds = 0
-    for c in nb.cells:
-        if c.cell_type != 'code': continue
-        if c.id not in ran: c.metadata['tags'] = ['skip-execution']
-        elif offset and not re.search(r'^#\|\s*export', c.source, re.M): # A seed in the library is not the lesson's
+    for c in nb.cells if offset else ():
+        if c.cell_type == 'code' and not re.search(r'^#\|\s*export', c.source, re.M): # The library's seeds stay
             c.source, n = reseed(c.source, offset)
             seeds += n
     client = NotebookClient(nb, timeout=7200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+
+    def extra(code: str) -> str:
+        nb.cells.append(nbformat.v4.new_code_cell(code))
+        client.execute_cell(nb.cells[-1], len(nb.cells) - 1)
+        return ''.join(o.get('text', '') for o in nb.cells.pop().outputs)
+
     start = time.time()
     with client.setup_kernel(env=environment(DLFOUND_FULL='0') if offset else environment()):
+        if start_method: extra(f'__import__("multiprocessing").set_start_method({start_method!r}, force=True)')
         for i, c in enumerate(nb.cells): client.execute_cell(c, i)
         seconds = time.time() - start
-        probe = nbformat.v4.new_code_cell(stood_in)
-        nb.cells.append(probe)
-        client.execute_cell(probe, len(nb.cells) - 1)
-        nb.cells.pop()
-    names = ''.join(o.get('text', '') for o in probe.outputs).split()
-    if names and not offset: raise StandIn(names)
-    return nb, ran, seconds, seeds
+        stood = extra(stood_in).split()
+    return nb, seconds, seeds, stood
 
 
-class StandIn(Exception): pass
-
-
-def save(path: Path, nb: dict, ran: list[str], seconds: float) -> None:
+def save(path: Path, nb: dict, seconds: float) -> None:
     "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a plain run"
     clean_nb(nb)
     write_nb(dict2nb(nb), path)
     record = {k: v for k, v in manifest().items() if (root / 'nbs' / k).exists()}
     old = record.get(key(path), {})
     if is_set('DLFOUND_FULL'): seconds = old.get('seconds', seconds)
-    kept = {c['id'] for c in nb['cells'] if c.get('outputs') and c['id'] not in ran} # Outputs of an earlier run
-    cells = {i: old.get('cells', {}).get(i, '') if i in kept else h for i, h in hashes(read(path)).items()}
-    save_manifest(record | {key(path): dict(seconds=round(seconds), cells=cells)})
+    save_manifest(record | {key(path): dict(seconds=round(seconds), cells=hashes(read(path)))})
     for c in nb['cells']:
         label = re.search(r'^#\|\s*label:\s*(fig-[\w-]+)', c['source'], re.M)
         for o in c.get('outputs', []) if label else ():
@@ -126,28 +122,36 @@ def is_set(name: str) -> bool:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, default=0, help='run under this many other seeds, save nothing')
+    p.add_argument('--check', action='store_true', help='run as they are, save nothing')
+    p.add_argument('--start-method', choices=multiprocessing.get_all_start_methods(),
+                   help='how worker processes begin; save nothing')
     p.add_argument('notebooks', nargs='*')
     a = p.parse_args()
-    if is_set('DLFOUND_STANDIN') and not a.seeds:
+    saving = not (a.seeds or a.check or a.start_method)
+    if is_set('DLFOUND_STANDIN') and saving:
         sys.exit('DLFOUND_STANDIN is set, and saved outputs come from real data only: unset it '
                  '(make seeds and make test work with it)')
     failed = 0
     for path in find(a.notebooks):
         for offset in [1000 * (i + 1) for i in range(a.seeds)] or [0]:
-            what = f'{key(path)}' + (f', seeds + {offset}' if offset else '')
-            try: nb, ran, seconds, seeds = execute(path, offset)
+            what = key(path) + (f', seeds + {offset}' if offset else '')
+            if a.start_method: what += f', workers by {a.start_method}'
+            try: nb, seconds, seeds, stood = execute(path, offset, a.start_method)
             except CellExecutionError as e:
                 failed += 1
                 print(f'FAILED  {what}; nothing saved\n{e}', file=sys.stderr)
-            except StandIn as e:
+                continue
+            if saving and stood:
                 failed += 1
-                print(f'REFUSED {what}: it ran on the stand-in for {", ".join(e.args[0])}; '
+                print(f'REFUSED {what}: it ran on the stand-in for {", ".join(stood)}; '
                       'saved outputs come from real data only: set DLFOUND_MIRROR to a folder that has the archives, '
                       'or connect to the network. Nothing saved', file=sys.stderr)
-            else:
-                if not offset: save(path, nb, ran, seconds)
-                shifted = f', {seeds} seeds shifted' if offset else ''
-                print(f'{"passed" if offset else "saved"}  {what}: {seconds:.0f} s{shifted}')
+                continue
+            if saving:
+                save(path, nb, seconds)
+                write_tables()
+            shifted = f', {seeds} seeds shifted' if offset else ''
+            print(f'{"saved" if saving else "passed"}  {what}: {seconds:.0f} s{shifted}')
     return min(failed, 1)
 
 

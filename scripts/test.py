@@ -2,6 +2,7 @@
 
 Committed files are checked in a copy of HEAD, so that what a learner changed and has not committed disturbs nothing.
 """
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,10 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import check
-from common import environment, key, manifest, notebooks, root
-
-bin = Path(sys.executable).parent
-
+from common import code_cells, environment, key, manifest, notebooks, read, root, source
 
 def run(command: list, env: dict) -> tuple[int, str]:
     done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -24,10 +22,15 @@ def run(command: list, env: dict) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def notebook(path: Path, env: dict):
-    code, out = run([bin / 'nbdev-test', str(path)], env)
-    ok = code == 0 and 'Success.' in out
-    return [(ok, f'notebook {key(path)}', '' if ok else out)]
+def notebook(path: Path, env: dict, *options: str):
+    "The notebook as Run All runs it in JupyterLab: every cell, in a kernel of its own"
+    code, out = run([sys.executable, 'scripts/run.py', '--check', *options, key(path)], env)
+    ok = code == 0 and out.startswith('passed')
+    return [(ok, ' '.join(['notebook', key(path), *options]), '' if ok else out)]
+
+
+def starts_workers(path: Path) -> bool:
+    return any('num_workers=' in source(c) and '#| export' not in source(c) for c in code_cells(read(path)))
 
 
 def pytest(env: dict, tmp: Path):
@@ -57,7 +60,7 @@ def committed(tmp: Path) -> Path:
         archive = subprocess.run(['git', 'archive', 'HEAD'], cwd=root, capture_output=True, check=True).stdout
         subprocess.run(['tar', '-x', '-C', tree], input=archive, check=True)
     else:
-        ignore = shutil.ignore_patterns('.venv', '.git', '__pycache__', '.ipynb_checkpoints')
+        ignore = shutil.ignore_patterns(*check.apart)
         shutil.copytree(root, tree, dirs_exist_ok=True, ignore=ignore)
     return tree
 
@@ -73,7 +76,11 @@ def main() -> int:
         env = environment(DLFOUND_HOME=str(tmp / 'home'), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR', str(tmp / 'mpl')))
         took = {k: v['seconds'] for k, v in manifest().items()}
         tree = committed(tmp)
-        jobs = [lambda p=p: notebook(p, env) for p in sorted(notebooks(), key=lambda p: -took.get(key(p), 0))]
+        every = sorted(notebooks(), key=lambda p: -took.get(key(p), 0))
+        jobs = [lambda p=p: notebook(p, env) for p in every]
+        methods = set(multiprocessing.get_all_start_methods()) - {multiprocessing.get_start_method()}
+        jobs += [lambda p=p, m=m: notebook(p, env, '--start-method', m)
+                 for p in every if starts_workers(p) for m in sorted(methods)]
         jobs.insert(1, lambda: pytest(env, tmp))
         jobs += [lambda: types(env)] + [lambda f=f: lint(f, tree) for f in check.checks]
         passed = failed = skipped = 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import check
 import pytest
-from common import hashes, key, notebooks, read, save_manifest
+from common import generated, hashes, key, notebooks, read, save_manifest
 from small import edit, lesson, run, script, write
 
 root = Path(__file__).resolve().parent.parent
@@ -19,12 +19,12 @@ def record(tree):
 
 @pytest.fixture
 def clean(tree):
-    assert run(bin / 'nbdev-export', cwd=tree).returncode == 0
+    assert script(tree, 'export.py').returncode == 0
     record(tree)
     return tree
 
 
-def cell(nb, i): return nb['cells'][i]
+def cell(nb, i): return [c for c in nb['cells'] if not generated(c)][i]
 
 
 def put(tree, code, where='nbs/01_second.ipynb'):
@@ -43,7 +43,8 @@ def test_a_clean_course_has_no_fault(clean):
 
 @pytest.mark.parametrize('line, hint', [
     ('#| exporte', 'did you mean export?'), ('#|hid', 'did you mean hide?'), ('#| fig_alt: x', 'did you mean fig-alt?'),
-    ('#| slow', 'stored(name, run)'), ('#| cuda', 'ask for a GPU in Python'),
+    ('#| slow', 'stored(name, run)'), ('#| cuda', 'ask for a GPU in Python'), ('#| eval: false', 'Run All knows no such'),
+    ('#| notest', 'make test runs every cell'),
 ])
 def test_misspelt_directive(tree, line, hint):
     edit(tree / 'nbs/01_second.ipynb', lambda nb: cell(nb, 2)['source'].insert(0, line + '\n'))
@@ -283,16 +284,22 @@ def test_path_of_a_machine(clean):
 
 
 def test_front_page(clean):
-    rows = ('| lesson | question | exports | seconds |\n|---|---|---|---|\n'
-            '| [00](nbs/00_first.ipynb) | Why? | `two` | 1 |\n| [01](nbs/01_second.ipynb) | How? | – | 1 |\n')
-    (clean / 'README.md').write_text(rows)
+    rows = ('| lesson | question | gives | hours to read | seconds to run |\n| --- | --- | --- | --- | --- |\n'
+            '| [00](nbs/00_first.ipynb) | Why? | a two | | |\n| [01](nbs/01_second.ipynb) | How? | nothing | | |\n')
+    (clean / 'README.md').write_text('# small\n\n' + rows + '\nand more\n')
     index = lesson('index', [])
-    index['cells'][0]['source'] = [rows.replace('nbs/', '')]
-    index['cells'] = index['cells'][:1]
+    index['cells'] = [index['cells'][0] | dict(source=[rows.splitlines()[0] + '\n', '| --- |'])]
     write(clean / 'nbs/index.ipynb', index)
-    assert check.check_front_page(clean) == []
-    (clean / 'README.md').write_text(rows.replace('`two`', '`three`').replace('| – | 1 |', '| – | 99 |'))
-    bad = check.check_front_page(clean)
-    assert any('three, two' in b for b in bad) and any('took 1 s' in b for b in bad) and len(bad) == 2
-    (clean / 'README.md').write_text(rows.splitlines()[2])
-    assert len(check.check_front_page(clean)) == 1
+    record = {'00_first.ipynb': dict(seconds=64, cells={}), '01_second.ipynb': dict(seconds=2, cells={})}
+    (clean / 'nbs/outputs.json').write_text(json.dumps(record))
+    assert 'run make export' in check.check_front_page(clean)[0]
+    assert script(clean, 'export.py').returncode == 0 and check.check_front_page(clean) == []
+    text = (clean / 'README.md').read_text()
+    assert '| [00 first](nbs/00_first.ipynb) | Why? | a two | 0.5 | 60 |\n' in text and text.endswith('\n\nand more\n')
+    made = json.loads((clean / 'nbs/index.ipynb').read_text())['cells'][0]['source']
+    assert made[-1] == '| [01 second](01_second.ipynb) | How? | nothing | 0.5 | 10 |'
+    (clean / 'README.md').write_text(text.replace('a two', 'one two three four five six').replace('How?', ''))
+    assert len(check.check_front_page(clean)) == 2
+    write(clean / 'nbs/02_third.ipynb', lesson('third', ['3']))
+    assert script(clean, 'export.py').returncode == 0
+    assert any('02_third lacks its question' in b for b in check.check_front_page(clean))

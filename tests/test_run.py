@@ -13,13 +13,13 @@ def cells(path): return json.loads(path.read_text())['cells']
 def test_saves_clean_outputs_and_records_them(tree):
     path = tree / 'nbs/02_third.ipynb'
     draw = '#| label: fig-line\n#| fig-alt: a line\nplt.plot([1, 2]);'
-    sources = ['import matplotlib.pyplot as plt', draw, '#| eval: false\n1 / 0', '6 * 7']
+    sources = ['import matplotlib.pyplot as plt', draw, '#| eval: false\nseen = 6', 'seen * 7'] # Run All runs all
     write(path, lesson('third', sources, outputs=False))
     done = script(tree, 'run.py', '02')
     assert done.returncode == 0, done.stderr
     made = cells(path)
     assert made[-1]['outputs'][0]['data']['text/plain'] == ['42'] and made[-1]['execution_count'] is None
-    assert made[4]['outputs'] == [] and all(c['metadata'] == {} for c in made)
+    assert all(c['metadata'] == {} for c in made)
     assert (tree / 'nbs/images/fig-line.png').read_bytes().startswith(b'\x89PNG')
     record = json.loads((tree / 'nbs/outputs.json').read_text())
     assert set(record['02_third.ipynb']['cells']) == {c['id'] for c in made if c['cell_type'] == 'code'}
@@ -43,6 +43,28 @@ def test_leaves_the_notebook_alone(tree, source, env, words):
     done = script(tree, 'run.py', '02', **env)
     assert done.returncode == 1 and words in done.stderr
     assert (path.read_bytes(), (tree / 'nbs/outputs.json').read_bytes()) == before
+
+
+def test_a_check_runs_every_cell_and_saves_nothing(tree):
+    path = tree / 'nbs/02_third.ipynb'
+    write(path, lesson('third', ['6 * 7']))
+    before = path.read_bytes()
+    done = script(tree, 'run.py', '--check', '02', DLFOUND_STANDIN='1')
+    assert done.returncode == 0 and done.stdout.startswith('passed  02_third.ipynb'), done.stderr
+    assert path.read_bytes() == before and not (tree / 'nbs/images').exists()
+    for directive in 'eval: false', 'notest', 'slow':
+        write(path, lesson('third', [f'#| {directive}\n1 / 0']))
+        done = script(tree, 'run.py', '--check', '02')
+        assert done.returncode == 1 and 'ZeroDivisionError' in done.stderr
+
+
+def test_workers_begin_as_they_are_told(tree):
+    path = tree / 'nbs/02_third.ipynb'
+    write(path, lesson('third', ['import multiprocessing\nassert multiprocessing.get_start_method() == "spawn"']))
+    before = path.read_bytes()
+    assert script(tree, 'run.py', '--start-method', 'spawn', '02').returncode == 0
+    assert script(tree, 'run.py', '--start-method', 'fork', '02').returncode == 1
+    assert path.read_bytes() == before
 
 
 def test_unknown_notebook(tree):
