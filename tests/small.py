@@ -1,11 +1,15 @@
 "Notebooks and commands for tests of the frame."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fastcore.nbio import dict2nb, write_nb
+
+needs_git = pytest.mark.skipif(not shutil.which('git'), reason='needs git')
 
 
 def lesson(module: str, cells: list[str], outputs: bool = True) -> dict:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from small import lesson, script, write
+from small import lesson, needs_git, script, write
 
 
 def cells(path): return json.loads(path.read_text())['cells']
@@ -95,6 +95,7 @@ def test_seeds_pass_where_the_claim_does_not_depend_on_them(tree):
     assert done.returncode == 0 and done.stdout.count('1 seeds shifted') == 2
 
 
+@needs_git
 def test_what_is_committed_is_checked_not_what_lies_around(tree):
     for step in ['init', '-q'], ['add', '-A'], ['commit', '-qm', 'all']:
         git = ['git', '-c', 'user.name=x', '-c', 'user.email=x@example.org', *step]
