@@ -400,8 +400,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'dlfound/schedule.py'),
                                   'dlfound.schedule.TorchScheduler.after_epoch': ( 'schedule.html#torchscheduler.after_epoch',
                                                                                    'dlfound/schedule.py'),
-                                  'dlfound.schedule.TorchScheduler.after_fit': ( 'schedule.html#torchscheduler.after_fit',
-                                                                                 'dlfound/schedule.py'),
                                   'dlfound.schedule.TorchScheduler.after_step': ( 'schedule.html#torchscheduler.after_step',
                                                                                   'dlfound/schedule.py'),
                                   'dlfound.schedule.TorchScheduler.before_fit': ( 'schedule.html#torchscheduler.before_fit',

@@ -27,7 +27,7 @@ def _at(pos: float) -> float:
     if 0 <= pos <= 1: return pos
     raise ValueError(f'a position is between 0, the first batch, and 1, the last; got {pos}')
 def sched_no(start: float, end: float) -> _Sched:
-    "`start`, all the time"
+    "Always `start`; `end` is there only so that all four are called alike"
     return lambda pos: start + 0 * _at(pos)
 def sched_lin(start: float, end: float) -> _Sched:
     "From `start` to `end` in equal steps"
@@ -64,7 +64,6 @@ def _each(groups: Sequence[Mapping[str, Any]], name: str, scheds: Any) -> list[_
         scheds if r == 1 else lambda pos, r=r: r * scheds(pos) for r in hyper_ratios(groups, name)]
     if len(each) == len(groups): return each
     raise ValueError(f'{name!r} has {len(each)} schedules for {len(groups)} groups')
-
 class ParamScheduler(Callback):
     "Sets hyper-parameters before every training batch, and puts them back when the fit is over"
     order = 5
@@ -111,7 +110,7 @@ class ParamScheduler(Callback):
 # %% ../nbs/04d_schedule.ipynb #c58158fe
 def one_cycle(
     lr: float, # At the top
-    pct: float = .25, # Share of the fit that goes up
+    pct: float = .25, # Share of the fit that goes up, below 1
     div: float = 25., # The start is so many times lower than the top
     div_final: float = 1e5, # And the end so many times
     momentum: tuple[float, float, float] | None = None, # Start, top and end, as (.95, .85, .95)
@@ -133,15 +132,15 @@ def warmup(lr: float, pct: float = .1, then: _Sched | None = None) -> dict[str, 
 # %% ../nbs/04d_schedule.ipynb #cba21274
 class TorchScheduler(Callback):
     "One of PyTorch's schedulers, which steps after an epoch or after a step of the optimizer"
-    order, scheds = 55, ('lr',) # Results that other callbacks add to the row are there
+    order, scheds, single = 55, ('lr',), True # 55: what other callbacks add to the row is there
     def __init__(
         self,
         make: Callable[[Any], Any], # `make(optimizer)`, such as `partial(StepLR, step_size=1)`
         unit: str = 'epoch', # Or 'batch': after those at which the optimizer takes a step
         monitor: str | None = None, # The result of an epoch that `ReduceLROnPlateau` looks at
     ):
-        if unit not in ('epoch', 'batch'):
-            raise ValueError(f"unit is 'epoch' or 'batch', got {unit!r}")
+        if unit not in ('epoch', 'batch') or unit == 'batch' and monitor:
+            raise ValueError(f"unit is 'epoch' or 'batch', 'epoch' with a monitor; got {unit!r}")
         self.make, self.unit, self.monitor = make, unit, monitor
         self.scheduler, self._before = cast(Any, None), list[dict[str, Any]]() # Until a fit begins
 
@@ -154,9 +153,10 @@ class TorchScheduler(Callback):
     def after_step(self, learn: TrainingLoop) -> None:
         if self.unit == 'batch': self.scheduler.step()
     def after_epoch(self, learn: TrainingLoop) -> None:
-        if self.monitor: self.scheduler.step(learn.row[self.monitor])
+        if self.monitor and self.monitor in learn.row: self.scheduler.step(learn.row[self.monitor])
+        elif self.monitor: raise ValueError(f'no result {self.monitor!r}, only {[*learn.row]}')
         elif self.unit == 'epoch': self.scheduler.step()
-    def after_fit(self, learn: TrainingLoop) -> None: set_group_values(learn.opt, self._before)
+    after_fit = ParamScheduler.after_fit
 
     def state_dict(self) -> dict[str, Any]:
         "What was there before, the scheduler as it was made, and as it is"

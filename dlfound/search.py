@@ -35,7 +35,7 @@ def _restored(*owners: Any) -> Iterator[None]:
         if id(x) in kept: continue
         if isinstance(x, Tensor): kept[id(x)] = x, x.detach().clone()
         elif isinstance(x, (dict, list, deque, set)): kept[id(x)] = x, copy(x)
-        if hasattr(type(x), 'load_state_dict'): todo.append(vars(x))
+        if hasattr(type(x), 'load_state_dict'): todo.append(getattr(x, '__dict__', {}))
         elif isinstance(x, (dict, list, deque, tuple)):
             todo += x.values() if isinstance(x, dict) else x
     try: yield
@@ -44,7 +44,7 @@ def _restored(*owners: Any) -> Iterator[None]:
             if not isinstance(x, Tensor):
                 x.clear()
                 x.update(before) if isinstance(x, (dict, set)) else x.extend(before)
-            elif x.is_sparse or not x.equal(before): x.detach().copy_(before)
+            elif x.is_sparse or not (x.equal(before) or 0 in x.stride()): x.detach().copy_(before)
 
 # %% ../nbs/04e_search.ipynb #0ebd4f80
 class _Sweep(Callback):
@@ -103,8 +103,7 @@ def lr_find(
 ) -> LRSweep: # With a `suggestion` and `plot()`
     "Raise the rate from batch to batch (Smith 2017); suggests where half of the fall is done"
     if n < 2 or not 0 < start < end:
-        raise ValueError('a sweep goes up, from a positive rate, in at least 2 batches; '
-                         f'got start={start}, end={end} and n={n}')
+        raise ValueError(f'a sweep needs 0 < start < end and n > 1; got {start=}, {end=}, {n=}')
     sweep = _Sweep([sched_exp(start, end)(i / (n - 1)) for i in range(n)])
     if learn.cbs.called: raise RuntimeError('a fit is on; call lr_find before it')
     away = Progress, Recorder, Metrics, SanityCheck, TerminateOnNaN
@@ -119,7 +118,7 @@ def lr_find(
         learn.cbs = Callbacks(stay)
         learn.fit(n, start, sweep)
     if not sweep.ended:
-        raise ValueError(f'the sweep got {len(sweep.losses)} of {n} batches; is the loader empty?')
+        raise ValueError(f'{len(sweep.losses)} of {n} batches: the loader or a callback ended it')
     if len(sweep.losses) < 2:
         raise ValueError(f'the loss was not finite at a rate of {start}; look at data and model')
     lrs = sweep.lrs[:len(sweep.losses)]
@@ -169,7 +168,8 @@ class EarlyStopping(Callback):
         min_delta: float = 0., # What is better by less counts for nothing
         restore: bool = True, # In the end, give the model the weights of its best epoch?
     ):
-        if patience < 1: raise ValueError(f'patience is at least 1 epoch, got {patience}')
+        if patience < 1 or not min_delta >= 0:
+            raise ValueError(f'patience is 1 or more, min_delta 0 or more: {patience}, {min_delta}')
         self._watch = Monitor(monitor, mode)
         self.monitor, self.mode, self.patience = monitor, self._watch.mode, patience
         self.min_delta, self.restore = min_delta, restore

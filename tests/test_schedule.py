@@ -183,11 +183,13 @@ def test_more_batches_than_were_said():
         learner().fit(2, cbs=ParamScheduler(flat_cos(.1), n_batches=3))
 
 
-def test_a_fit_that_never_began_changes_no_parameter():
+@pytest.mark.parametrize('make', [lambda: ParamScheduler({'momentum': sched_lin(.9, .8)}),
+                                  lambda: TorchScheduler(partial(lr_scheduler.StepLR, step_size=1))])
+def test_a_fit_that_never_began_changes_no_parameter(make):
     class Fails(Callback):
         order, now = -1, False
         def before_fit(self, learn): assert not self.now
-    fails, scheduler = Fails(), ParamScheduler({'momentum': sched_lin(.9, .8)})
+    fails, scheduler = Fails(), make()
     learn = learner(lambda p, lr: optim.SGD(p, lr, momentum=.9), cbs=[fails, scheduler])
     learn.fit(1)
     learn.opt.param_groups[0]['momentum'], fails.now = .5, True
@@ -336,7 +338,7 @@ def test_a_plateau():
     ours, learn = rates([TorchScheduler(plateau, monitor='made'), Made()], epochs=5)
     assert ours[::5] == pytest.approx([.1, .1, .1, .01, .001])
     assert learn.opt.param_groups[0]['lr'] == .1
-    with pytest.raises(KeyError, match='mdae'): rates(TorchScheduler(plateau, monitor='mdae'))
+    with pytest.raises(ValueError, match="'mdae', only .'train_loss'"): rates(TorchScheduler(plateau, monitor='mdae'))
     with pytest.raises(ValueError, match='needs monitor'): rates(TorchScheduler(plateau))
 
 
@@ -346,6 +348,8 @@ def test_torch_schedulers_refuse():
     with pytest.raises(ValueError, match="sets one of"): rates([TorchScheduler(step), ParamScheduler(flat_cos(.1))])
     rates([TorchScheduler(step), ParamScheduler({'weight_decay': sched_lin(0, .1)})])
     with pytest.raises(ValueError, match="unit is 'epoch'"): TorchScheduler(step, unit='step')
+    with pytest.raises(ValueError, match="'epoch' with a monitor"): TorchScheduler(step, 'batch', 'valid_loss')
+    with pytest.raises(ValueError, match='keep one of the two'): rates([TorchScheduler(step), TorchScheduler(step)])
 
 
 @pytest.mark.parametrize('make, monitor', [

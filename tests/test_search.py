@@ -69,13 +69,16 @@ def test_sweep_then_fit_is_fit():
 
 
 def test_sweep_edges():
-    with pytest.raises(ValueError, match='at least 2'): lr_find(learner(), n=1)
+    with pytest.raises(ValueError, match='n > 1'): lr_find(learner(), n=1)
     bad = learner()
     bad.model[0].weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match='not finite'): lr_find(bad)
     with pytest.raises(ValueError, match='dls.train is empty'): lr_find(learner(dls=DataLoaders([], None)))
     used_up = DataLoaders(iter(list(data().train)))
     with pytest.raises(ValueError, match='5 of 100 batches'): lr_find(learner(dls=used_up))
+    class Ends(Callback):
+        def after_batch(self, learn): raise CancelFit
+    with pytest.raises(ValueError, match='1 of 100 batches: the loader or a callback'): lr_find(learner(cbs=Ends()))
     for p in bad.model.parameters(): p.requires_grad_(False)
     with pytest.raises(ValueError, match='frozen'): lr_find(bad)
     flat = learner(lambda p, lr: optim.SGD(p, lr), model=nn.Sequential(nn.Linear(4, 3)))
@@ -103,8 +106,8 @@ def test_a_sweep_goes_on_until_the_loss_is_no_number(recwarn):
     assert not len(recwarn)
 
 
-@pytest.mark.parametrize('bad, match', [(dict(start=0), 'goes up'), (dict(start=1., end=.1), 'goes up'),
-                                        (dict(n=1), 'at least 2')])
+@pytest.mark.parametrize('bad, match', [(dict(start=0), '0 < start'), (dict(start=1., end=.1), 'start < end'),
+                                        (dict(n=1), 'n > 1')])
 def test_sweeps_refuse(bad, match):
     with pytest.raises(ValueError, match=match): lr_find(learner(), **bad)
 
@@ -139,7 +142,7 @@ def test_early_stopping_refuses():
         learner().fit(1, cbs=EarlyStopping('acuracy', 'max'))
     without = Learner(DataLoaders(data().train), nn.Linear(4, 3), F.cross_entropy, cbs=EarlyStopping(), progress=False)
     with pytest.raises(ValueError, match='valid_loss.*train_loss'): without.fit(1)
-    for bad in dict(mode='up'), dict(patience=0):
+    for bad in dict(mode='up'), dict(patience=0), dict(min_delta=-1), dict(min_delta=math.nan):
         with pytest.raises(ValueError): EarlyStopping(**bad)
 
 
@@ -278,12 +281,19 @@ def test_weights_of_an_rnn_stay_its_own():
     assert {id(p) for p in learn.model.rnn._flat_weights} == own
 
 
+class Slots:
+    "Has a state and no dict of attributes"
+    __slots__ = 'x',
+    def load_state_dict(self, saved): self.x = saved
+
+
 def test_odd_tensors_pass():
-    "An expanded one cannot be written to, and a sparse gradient cannot be compared"
+    "An expanded one cannot be written to, not even if NaN makes it differ, and a sparse gradient cannot be compared"
     class Embeds(nn.Module):
         def __init__(self):
             super().__init__()
             self.table, self.out, self.ones = nn.Embedding(4, 8, sparse=True), nn.Linear(8, 3), torch.ones(1).expand(5)
+            self.nans, self.slots = torch.full((1,), math.nan).expand(3), Slots()
             self.sparse = torch.eye(2).to_sparse()
         def forward(self, x): return self.out(self.table(x.argmax(1)))
     assert trained_alike(lambda: learner(model=Embeds()))
