@@ -93,7 +93,7 @@ def _draw(glyphs: Tensor, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     soft = F.avg_pool2d(x, 5, 1, 2) # Blurred; the next line makes it thicker or thinner
     x = torch.sigmoid((soft / soft.amax((2, 3), keepdim=True) - (.45 + .2 * rand(n, 1, 1, 1))) * 12)
     x = F.avg_pool2d(x, 2) * (.8 + .2 * rand(n, 1, 1, 1)) # MNIST's size, lighter or darker
-    x += .08 * torch.randn(n, 1, 28, 28, generator=g, dtype=torch.float32)
+    x += .08 * torch.randn(n, 1, 28, 28, generator=g, dtype=torch.float32) # The noise
     return x.clamp(0, 1).mul(255).round().byte().squeeze(1), y.byte()
 
 # %% ../nbs/tools/standin.ipynb #12fee1a8
