@@ -25,9 +25,9 @@ def _place(name: str, is_folder: bool, seen: dict[str, tuple[str, bool]]) -> str
     "Where a member goes below the folder, if it stays there and no member `seen` is in its way"
     name = name.replace('\\', '/')
     parts = [p for p in name.split('/') if p not in ('', '.')]
-    if any(p == '..' or p[1:2] == ':' or '\0' in p for p in parts) or name.startswith('/'):
-        raise ValueError(f'the member {name!r} would leave the folder, or names a drive')
-    if not (parts or is_folder): raise ValueError('a member has no name')
+    odd = name.startswith('/') or len(parts) > 99 or not (parts or is_folder)
+    if odd or any(p == '..' or ':' in p or '\0' in p for p in parts):
+        raise ValueError(f'{name[:99]!r} would leave the folder, has a colon or lies too deep')
     for i in range(1, len(parts) + 1):
         here = '/'.join(parts[:i]), is_folder or i < len(parts)
         there = seen.setdefault(unicodedata.normalize('NFC', here[0]).casefold(), here)
@@ -38,16 +38,15 @@ def _place(name: str, is_folder: bool, seen: dict[str, tuple[str, bool]]) -> str
 # %% ../nbs/tools/archive.ipynb #956628ce
 class _Meter:
     "Reads from `stream`, which may be replaced, and counts the bytes of all streams"
-    def __init__(self, limit: int):
+    def __init__(self, limit: float):
         self.stream: Any = None
         self.n, self.limit = 0, limit
 
     def read(self, n: int) -> bytes:
-        "At most `n` bytes, and at most a mebibyte"
-        chunk = self.stream.read(min(n, 1 << 20))
+        chunk = self.stream.read(min(n, 1 << 20)) # A mebibyte at most
         self.n += len(chunk)
         if self.n > self.limit:
-            raise ValueError(f'it unpacks to more than {self.limit:,} bytes: if you trust it, '
+            raise ValueError(f'it unpacks to more than {self.limit:,.0f} bytes: if you trust it, '
                              'raise max_ratio or max_bytes')
         return chunk
 
@@ -56,10 +55,10 @@ class _Strict(tarfile.TarInfo):
     "A header that is damaged or missing is an error; only a block of zeros ends an archive"
     @classmethod
     def fromtarfile(cls, tar: Any) -> Any:  # type: ignore
-        "The next one"
         try: return super().fromtarfile(tar)
         except tarfile.EOFHeaderError: raise  # type: ignore
-        except tarfile.HeaderError as e: raise EOFError('no whole tar') from e  # type: ignore
+        except tarfile.HeaderError as e:  # type: ignore
+            raise EOFError('no zip, and no whole tar, plain or in gz, bz2 or xz') from e
 
 # %% ../nbs/tools/archive.ipynb #fb0c5aa0
 _openers: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
@@ -72,7 +71,7 @@ def _members(archive: Path, meter: _Meter) -> Iterator[tuple[str, Any]]:
             for m in z.infolist():
                 if stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                     raise ValueError(f'the member {m.filename!r} is a link or a device')
-                is_folder = m.orig_filename.endswith(('/', '\\'))
+                is_folder = m.orig_filename.endswith(('/', '\\')) and not m.file_size
                 with z.open(m) as meter.stream: yield m.orig_filename, None if is_folder else meter
         return
     opener = next((o for magic, o in _openers.items() if head.startswith(magic)), open)
@@ -82,13 +81,14 @@ def _members(archive: Path, meter: _Meter) -> Iterator[tuple[str, Any]]:
                 if not (m.isreg() or m.isdir()) or m.issparse():
                     raise ValueError(f'the member {m.name!r} is a link, a device or has holes')
                 yield m.name, tar.extractfile(m)
-        while meter.read(1 << 20): pass # So that a check sum at the end is compared
+            while rest := tar.fileobj.read(1 << 20):  # type: ignore # To a check sum at the end
+                if rest.strip(b'\0'): raise ValueError('there are more bytes after its end')
 
 # %% ../nbs/tools/archive.ipynb #87b2e8bb
 def extract(
     archive: str | Path, # A zip, or a tar, plain or in gz, bz2 or xz; told by content
     folder: str | Path, # Where the members go: a new or an empty folder, else `FileExistsError`
-    max_members: int = 500_000, # An archive with more is refused
+    max_members: int = 500_000, # An archive with more, folders included, is refused
     max_bytes: int = 50 * 10**9, # An archive that unpacks to more is refused
     max_ratio: float = 200, # And one that unpacks to more than this many times its size (and 1 MiB)
 ) -> Path: # The folder, absolute
@@ -96,16 +96,16 @@ def extract(
     archive, target = Path(archive).expanduser(), Path(folder).expanduser().resolve()
     if target.exists() and (target == Path.cwd() or not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f'{target} is the current folder or no empty one: name a new folder')
-    limit = min(max_bytes, max(int(archive.stat().st_size * max_ratio), 1 << 20))
+    limit = min(max_bytes, max(archive.stat().st_size * max_ratio, 1 << 20))
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix='.extract-', dir=target.parent) as tmp:
         new, seen = Path(tmp, 'new'), dict[str, tuple[str, bool]]()
         new.mkdir()
         try:
-            for n, (name, stream) in enumerate(_members(archive, _Meter(limit))):
-                if n == max_members:
-                    raise ValueError(f'more than {n:,} members: if you trust it, raise max_members')
+            for name, stream in _members(archive, _Meter(limit)):
                 path = new / _place(name, stream is None, seen)
+                if len(seen) > max_members:
+                    raise ValueError(f'over {max_members:,} members: if trusted, raise max_members')
                 (path if stream is None else path.parent).mkdir(parents=True, exist_ok=True)
                 if stream is None: continue
                 with open(path, 'xb') as f: shutil.copyfileobj(stream, f, 1 << 18)
@@ -114,7 +114,7 @@ def extract(
             why = e if isinstance(e, ValueError) else f'it cannot be read: {e}'
             raise ValueError(f'{archive.name} is refused and nothing extracted: {why}') from e
         if target.exists():
-            shutil.copymode(target, new)
+            new.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
             target.rmdir()
         new.rename(target)
     return target

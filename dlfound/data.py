@@ -101,13 +101,13 @@ def _in_mirror(source: Source) -> dict[Archive, Path]:
 _silent: set[str] = set() # For these sets no server answered this process
 _rooms: dict[str, TemporaryDirectory[str]] = {} # Stand-ins of this process alone
 _taken: dict[tuple[Path, str], tuple[Path, bool]] = {} # By home and name: where, and a stand-in?
-def _flag(name: str) -> bool: return os.environ.get(name, '0') not in ('', '0')
+def _flag(name: str) -> bool: return os.environ.get(name, '').lower() not in ('', '0', 'false')
 
 def _real(source: Source, again: bool) -> tuple[Path, str]:
     "The real set and where it is from, or an error that says what to do"
     if _flag('DLFOUND_STANDIN'): raise Unreachable('DLFOUND_STANDIN is set: unset it')
+    if path := _cached(source.name): return path, 'from the cache'
     name, found = source.name, _in_mirror(source)
-    if path := _cached(name): return path, 'from the cache'
     have = f"or set DLFOUND_MIRROR to a folder with {', '.join(a.name for a in source.choices[0])}"
     choice = next((c for c in source.choices if all(a.urls for a in c)), ())
     if not found and not choice: raise Unreachable(f'no server has it: {have[3:]}')
@@ -120,9 +120,8 @@ def _real(source: Source, again: bool) -> tuple[Path, str]:
         for a, p in found.items():
             if wrong := wrong_hash(p, a.sha256, a.md5):
                 raise ValueError(f'{p} is not the {a.name} we know: {wrong}. Replace it')
-        home = data_home() / 'downloads'
         try: files = [*found.values()] or [
-            download(a.urls, home / a.name, a.sha256, a.md5) for a in choice]
+            download(a.urls, data_home() / 'downloads' / a.name, a.sha256, a.md5) for a in choice]
         except Unreachable as e:
             _silent.add(name)
             raise Unreachable(silent) from e
@@ -133,13 +132,14 @@ def _real(source: Source, again: bool) -> tuple[Path, str]:
         else:
             for p in files: shutil.copyfile(p, new / p.name)
     for p in files if not found else []: p.unlink()
-    return _cached(name) or data_home() / name, 'from the mirror' if found else 'downloaded'
+    how = 'from the mirror: ' if found else 'downloaded: '
+    return _cached(name) or data_home() / name, how + ', '.join(p.name for p in files)
 
 # %% ../nbs/tools/data.ipynb #a0692231
 def _stand_in(name: str, make: Callable[[Path], object]) -> Path:
     "A set that `make` makes: in the cache, or for this process only if that cannot be written"
     dest = data_home() / 'standin' / name
-    if dest.is_dir(): return dest
+    if any(dest.glob('[!.]*')): return dest
     try:
         with whole_folder(dest) as new:
             if new: make(new)

@@ -8,7 +8,6 @@ __all__ = ['wrong_hash', 'Unreachable', 'download']
 # %% ../nbs/tools/download.ipynb #c192e740
 import errno
 import hashlib
-import os
 import ssl
 import sys
 import threading
@@ -33,7 +32,7 @@ def wrong_hash(
     for name, wanted in ('sha256', sha256), ('md5', md5):
         if not wanted: continue
         with open(path, 'rb') as f: got = hashlib.file_digest(f, name).hexdigest()
-        if got != wanted.lower(): return f'its {name} is {got} and should be {wanted}'
+        if got != wanted.strip().lower(): return f'its {name} is {got} and should be {wanted}'
     return ''
 
 # %% ../nbs/tools/download.ipynb #5ad611e4
@@ -52,6 +51,7 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
     except Empty: got = TimeoutError(f'no answer within {timeout:g} s')
     if not isinstance(got, Exception): return got
     answered = isinstance(got, HTTPError) or isinstance(getattr(got, 'reason', 0), ssl.SSLError)
+    answered = answered or 'Tunnel connection failed' in str(got) # As a proxy that forbids it says
     if isinstance(got, (URLError, TimeoutError)) and not answered:
         raise Unreachable(str(getattr(got, 'reason', got))) from got
     raise got
@@ -70,15 +70,16 @@ def _stream(url: str, part: Path, timeout: float) -> None:
     with response as r:
         given, length = r.headers['Content-Range'] or '', r.headers['Content-Length']
         if r.status != 206 or not given.startswith(f'bytes {have}-'): have = 0
-        total, name = have + int(length) if length else None, Path(urlsplit(url).path).name
+        total = have + int(length) if length else None
         shown = in_jupyter() or sys.stdout.isatty()
-        if not shown:
-            print(f'downloading {name}' + (f', {total / 1e6:.1f} MB' if total else ''), flush=True)
-        bar = tqdm(desc=name, total=total, initial=have, unit='B', unit_scale=True, delay=.5,
+        size = f', {total / 1e6:.1f} MB' if total else ''
+        if not shown: print(f'downloading {part.stem}{size}', flush=True)
+        bar = tqdm(desc=part.stem, total=total, initial=have, unit='B', unit_scale=True, delay=.5,
                    leave=False, file=sys.stdout, disable=not shown)
         with open(part, 'ab' if have else 'wb') as f, bar:
             while chunk := r.read(1 << 16): bar.update(f.write(chunk))
-    if total not in (None, got := part.stat().st_size):
+    got = part.stat().st_size
+    if total is not None and got != total:
         raise ConnectionError(f'the server closed the connection after {got:,} of {total:,} bytes')
 
 # %% ../nbs/tools/download.ipynb #209e1e98
@@ -97,13 +98,14 @@ def download(
     """
     urls, dest = [urls] if isinstance(urls, str) else [*urls], Path(dest).expanduser()
     try: good = all((u := urlsplit(url)).scheme in ('http', 'https') and u.hostname for url in urls)
-    except ValueError: good = False # As of 'http://[::1/x'
+    except (ValueError, AttributeError): good = False # As of 'http://[::1/x', or of a `Path'
     if not (urls and good): raise ValueError(f'download needs http or https addresses, got {urls}')
     if dest.is_dir(): raise IsADirectoryError(f'{dest} is a folder: name the file to write in it')
-    checked, ours = bool(sha256 or md5), (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    ours = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.EFBIG
+    checked = bool(sha256 or md5)
     if checked and dest.is_file() and not wrong_hash(dest, sha256, md5): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
-    part, failed = dest.with_name(dest.name + '.part'), dict[str, Exception]()
+    part, wrong, failed = dest.with_name(dest.name + '.part'), '', dict[str, Exception]()
     for url in urls:
         if not checked: part.unlink(missing_ok=True)
         resumed = part.exists()
@@ -120,9 +122,8 @@ def download(
             if getattr(e, 'errno', None) in ours: raise # A full disk is not the server's fault
             failed[url] = e
             continue
-        os.replace(part, dest)
-        return dest
-    kinds = {ValueError if isinstance(e, ValueError) else type(e) for e in failed.values()}
-    kind = ValueError if ValueError in kinds else Unreachable if kinds == {Unreachable} else OSError
+        return part.replace(dest)
+    silent = all(isinstance(e, Unreachable) for e in failed.values())
+    kind = ValueError if wrong else Unreachable if silent else OSError
     told = '; '.join(f'{url}: {e}' for url, e in failed.items())
     raise kind(f'cannot download {dest.name}: {told}')

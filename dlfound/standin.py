@@ -44,7 +44,7 @@ def read_idx(
     magic, *shape = [int.from_bytes(raw[4 * i:4 * i + 4], 'big') for i in range(dims + 1)]
     if magic != 0x800 + dims:
         raise ValueError(f'{path} begins with {magic:#x} and not {0x800 + dims:#x}: '
-                         f'it is no idx file of bytes in {dims} dimensions')
+                         f'it is no idx file of bytes in {dims} dimensions: {again}')
     data = raw[4 + 4 * dims:]
     if len(data) != math.prod(shape):
         raise ValueError(f'{path} says it holds {shape}, so {math.prod(shape):,} bytes, '
@@ -80,20 +80,20 @@ def digit_fonts() -> list[Path]: # Paths, sorted
 # %% ../nbs/tools/standin.ipynb #4c679fc9
 def _draw(glyphs: Tensor, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     "`n` warped digits as bytes `(n, 28, 28)`, classes balanced, from glyphs `(fonts, 10, 56, 56)`"
-    rand = lambda *shape: torch.rand(*shape, generator=g) * 2 - 1
+    rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float32) * 2 - 1
     y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
     x = glyphs[torch.randint(len(glyphs), (n,), generator=g), y].unsqueeze(1)
-    angle, shear, zoom = .25 * rand(n), .3 * rand(n), 1 + .15 * rand(2, n)
+    angle, shear, zoom = .25 * rand(n), .3 * rand(n), 1 + .15 * rand(2, n) # The affine map
     rows = [(angle.cos() * zoom[0], shear - angle.sin(), .12 * rand(n)),
             (angle.sin(), angle.cos() * zoom[1], .12 * rand(n))]
     affine = torch.stack([torch.stack(row, 1) for row in rows], 1)
     bend = F.interpolate(.11 * rand(n, 2, 4, 4), (56, 56), mode='bicubic', align_corners=True)
     grid = F.affine_grid(affine, [n, 1, 56, 56], align_corners=False) + bend.permute(0, 2, 3, 1)
     x = F.grid_sample(x, grid, align_corners=False)
-    soft = F.avg_pool2d(x, 5, 1, 2)
+    soft = F.avg_pool2d(x, 5, 1, 2) # Blurred; the next line makes it thicker or thinner
     x = torch.sigmoid((soft / soft.amax((2, 3), keepdim=True) - (.45 + .2 * rand(n, 1, 1, 1))) * 12)
-    x = F.avg_pool2d(x, 2) * (.8 + .2 * rand(n, 1, 1, 1))
-    x += .08 * torch.randn(n, 1, 28, 28, generator=g)
+    x = F.avg_pool2d(x, 2) * (.8 + .2 * rand(n, 1, 1, 1)) # MNIST's size, lighter or darker
+    x += .08 * torch.randn(n, 1, 28, 28, generator=g, dtype=torch.float32) # The noise
     return x.clamp(0, 1).mul(255).round().byte().squeeze(1), y.byte()
 
 # %% ../nbs/tools/standin.ipynb #12fee1a8
@@ -105,17 +105,18 @@ def make_digits(
     seed: int = 42, # Of a generator of its own
 ) -> Path: # `folder`
     "Stand-in digits: glyphs of matplotlib's fonts, warped and noised; no font file is in two parts"
-    folder, g, fonts = Path(folder), torch.Generator().manual_seed(seed), digit_fonts()
+    folder, g, fonts = Path(folder).expanduser(), torch.Generator().manual_seed(seed), digit_fonts()
     if len(fonts) < 4: raise ValueError(f'four fonts with digits are needed, got {len(fonts)}')
     if min(n_train, n_valid, n_test) < 1:
         raise ValueError(f'each part needs an image, got {n_train=}, {n_valid=}, {n_test=}')
-    order = torch.randperm(len(fonts), generator=g).tolist()
-    cuts = 0, len(fonts) - 2 * (len(fonts) // 4), len(fonts) - len(fonts) // 4, len(fonts)
-    parts = []
-    for n, lo, hi in zip((n_train, n_valid, n_test), cuts, cuts[1:]):
-        glyphs = torch.tensor(np.stack([_glyphs(fonts[i]) for i in order[lo:hi]])).float() / 255
-        drawn = [_draw(glyphs, min(1000, n - i), g) for i in range(0, n, 1000)]
-        parts.append((torch.cat([x for x, _ in drawn]), torch.cat([y for _, y in drawn])))
+    with torch.device('cpu'): # Whatever the default is
+        order = torch.randperm(len(fonts), generator=g).tolist()
+        cuts = 0, len(fonts) - 2 * (len(fonts) // 4), len(fonts) - len(fonts) // 4, len(fonts)
+        parts = []
+        for n, lo, hi in zip((n_train, n_valid, n_test), cuts, cuts[1:]):
+            glyphs = torch.tensor(np.stack([_glyphs(fonts[i]) for i in order[lo:hi]])).float() / 255
+            drawn = [_draw(glyphs, min(1000, n - i), g) for i in range(0, n, 1000)]
+            parts.append((torch.cat([x for x, _ in drawn]), torch.cat([y for _, y in drawn])))
     (x, y), (x_valid, y_valid), test = parts
     folder.mkdir(parents=True, exist_ok=True)
     for name, a in zip(mnist_files, (torch.cat([x, x_valid]), torch.cat([y, y_valid]), *test)):
@@ -128,11 +129,11 @@ def read_digits(
     test: bool = False, # The test set, or what comes before it?
 ) -> tuple[Tensor, Tensor]: # Images `(N, 784)`, float32 in 0…1, and labels `(N,)`, int64
     "Images and labels; `ValueError` if a file is damaged, or does not fit the other"
-    images, labels = [Path(folder) / name for name in [*mnist_files][2 * test:][:2]]
+    images, labels = [Path(folder).expanduser() / name for name in [*mnist_files][2 * test:][:2]]
     x, y = read_idx(images, 3), read_idx(labels, 1)
-    if len(x) != len(y) or len(y) and y.max() > 9:
-        raise ValueError(f'{folder} has {len(x):,} images and {len(y):,} labels, of which the '
-                         f'largest is {y.max() if len(y) else 0}: remove it and fetch it again')
+    if x.shape != (len(y), 28, 28) or len(y) and y.max() > 9:
+        raise ValueError(f'{folder} has images of shape {[*x.shape]} and {len(y):,} labels, the '
+                         f'largest {y.max() if len(y) else 0}: remove it and fetch it again')
     return x.flatten(1).float().div_(255), y.long()
 
 # %% ../nbs/tools/standin.ipynb #775cd388
@@ -145,10 +146,11 @@ def whole_folder(dest: Path) -> Iterator[Path | None]: # What to fill; `None` if
         dest.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(dest.with_name(f'.lock-{dest.name}')).acquire()
     except OSError as e:
-        raise PermissionError(f'{dest.parent} cannot be written: set DLFOUND_HOME to another '
-                              'folder') from e
+        raise PermissionError(f'{dest.parent} cannot be written: set DLFOUND_HOME') from e
     with lock:
         if dest.is_dir() and any(dest.glob('[!.]*')): yield None; return
+        if dest.is_file() or dest.is_dir() and any(dest.iterdir()):
+            raise FileExistsError(f'{dest} is in the way: remove it')
         shutil.rmtree(work, ignore_errors=True) # Of a process that was killed
         (new := work / 'new').mkdir(parents=True)
         try:

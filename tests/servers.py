@@ -38,6 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     def broken(self): self.send(b'no', 500)
     def truncated(self): self.send(payload[:100_000], length=len(payload))
     def short(self): self.send(payload, length=1000)
+    def nolength(self): self.send(payload, length='abc')
     def redirect(self): self.send(b'', 302, Location='/good.bin')
     def loop(self): self.send(b'', 302, Location='/loop.bin')
     def evil(self): self.send(b'', 302, Location='file:///etc/hostname')

@@ -135,12 +135,19 @@ def test_backslashes_separate(place, make):
     assert snapshot(extract(path, place / 'new')) == {'d': None, 'd/e': None, 'd/x': b'1', 'd/e/y': b'2', 'd/z': b'3'}
 
 
+def test_no_bytes_of_a_zip_are_lost(place):
+    path = make_zip(place / 'a', ('d/', 'text'))
+    assert snapshot(extract(path, place / 'new')) == {'d': b'text'}
+    refused(place, make_zip(place / 'b', ('d/', 'text'), ('d/x', '')), 'would be the same file')
+
+
 def test_a_folder_of_a_zip_may_end_in_a_backslash(place):
     path = make_zip(place / 'a', ('d\\', ''), ('d\\x', '1'), ('e\\', ''))
     assert snapshot(extract(path, place / 'new')) == {'d': None, 'd/x': b'1', 'e': None}
 
 
-outside = ['../x', 'a/C:/x', 'a/../../x', '/x', '//x', 'C:/x', 'c:x', '..\\x', 'a\\..\\..\\x', '..']
+outside = ['../x', 'a/C:/x', 'f.txt:s', '1:2', 'a/' * 99 + 'x', 'a/' * 15_000 + 'x', '',
+           'a/../../x', '/x', '//x', 'C:/x', 'c:x', '..\\x', 'a\\..\\..\\x', '..']
 
 
 @pytest.mark.parametrize('name', outside)
@@ -228,6 +235,17 @@ def test_an_empty_folder_keeps_its_mode_and_a_link_to_it_stays_one(place):
     assert stat.S_IMODE(target.stat().st_mode) == 0o700 and not list(place.rglob('.*'))
 
 
+def test_a_read_only_folder_can_be_filled(place):
+    (place / 'in/target').chmod(0o555)
+    assert snapshot(extract(make_tar(place / 'a', ('x', b'1')), place / 'in/target')) == {'x': b'1'}
+    assert stat.S_IMODE((place / 'in/target').stat().st_mode) == 0o755
+
+
+def test_folders_within_folders(place):
+    deep = [special('a' + '/a' * i, tarfile.DIRTYPE) for i in range(1500)]
+    refused(place, make_tar(place / 'a', *deep, ('../z', b'')), 'leave the folder')
+
+
 def test_the_current_folder(place, monkeypatch):
     archive = make_tar(place / 'a', ('x', b'1'))
     monkeypatch.chdir(place / 'in/target')
@@ -266,9 +284,11 @@ def test_a_full_disk_is_not_the_archives_fault(place, monkeypatch):
 
 def test_too_many_members(place):
     members = [(f'{i}', b'') for i in range(11)]
-    words = 'more than 10 members.*raise max_members'
+    words = 'over 10 members.*raise max_members'
     refused(place, make_tar(place / 'a', *members), words, max_members=10)
     refused(place, make_zip(place / 'b', *((n, '') for n, _ in members)), words, max_members=10)
+    refused(place, make_tar(place / 'c', ('/'.join('abcdefghij') + '/x', b'')), words, max_members=10)
+    assert len(snapshot(extract(make_tar(place / 'd', *members[:10]), place / 'ten', max_members=10))) == 10
 
 
 bomb = bytes(8 << 20)
@@ -300,6 +320,11 @@ def test_too_large_in_all(place):
     refused(place, archive, 'unpacks to.*raise max_ratio or max_bytes', max_bytes=1 << 20)
 
 
+def test_the_limits_can_be_lifted(place):
+    path = make_tar(place / 'a', ('x', bomb))
+    assert snapshot(extract(path, place / 'new', max_ratio=float('inf'))) == {'x': bomb}
+
+
 def test_encrypted_zip(place):
     path = make_zip(place / 'a', ('x', 'secret'))
     raw = bytearray(path.read_bytes())
@@ -325,6 +350,16 @@ def test_a_tar_cut_before_it_was_packed(place, cut):
     refused(place, place / 'a', 'cannot be read')
 
 
+@pytest.mark.parametrize('pack', [bytes, *packers.values()])
+@pytest.mark.parametrize('more', ['hole', 'tar', 'garbage'])
+def test_bytes_after_the_end(place, pack, more):
+    raw = bytearray(tar_bytes(('a', b'1'), ('b', b'2')))
+    if more == 'hole': raw[1024:1536] = bytes(512)
+    else: raw += tar_bytes(('c', b'3')) if more == 'tar' else b'garbage'
+    (place / 'a').write_bytes(pack(bytes(raw)))
+    refused(place, place / 'a', 'more bytes after its end')
+
+
 def test_truncated_zip(place):
     path = make_zip(place / 'a', ('x', os.urandom(5000)))
     path.write_bytes(path.read_bytes()[:3000])
@@ -341,11 +376,12 @@ def test_flipped_bits(place, at):
         refused(place, path, 'cannot be read')
 
 
-@pytest.mark.parametrize('content', [b'', b'hello', gzip.compress(b'data'), gzip.compress(b'data' * 400),
+@pytest.mark.parametrize('content', [b'', b'hello', b'(\xb5/\xfd' + bytes(600), b"7z\xbc\xaf'\x1c" + bytes(600),
+                                     gzip.compress(b'data'), gzip.compress(b'data' * 400),
                                      b'\x7fELF' + bytes(100), b'<html>'])
 def test_no_archive(place, content):
     (place / 'a').write_bytes(content)
-    refused(place, place / 'a', 'no whole tar')
+    refused(place, place / 'a', 'no zip, and no whole tar, plain or in gz, bz2 or xz')
 
 
 def test_modes_and_owners_are_not_taken_over(place):

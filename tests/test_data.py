@@ -70,7 +70,7 @@ def mirror(tmp_path, archive, monkeypatch):
 def test_mirror_then_cache(home, toy, nobody, mirror, monkeypatch, capsys):
     toy(nobody)
     assert (fetch('toy') / 'x').read_text() == 'real'
-    assert capsys.readouterr().out == 'toy: the real data, from the mirror\n'
+    assert capsys.readouterr().out == 'toy: the real data, from the mirror: toy.tgz\n'
     monkeypatch.delenv('DLFOUND_MIRROR')
     fetch('toy'), fetch('toy')
     assert capsys.readouterr().out == ''
@@ -92,7 +92,7 @@ def test_network(home, toy, archive, capsys, monkeypatch):
     with serving() as (site, asked):
         toy(f'{site}/missing.tgz', f'{site}/good.tgz')
         assert (fetch('toy') / 'x').read_text() == 'real'
-    assert 'toy: the real data, downloaded\n' in capsys.readouterr().out
+    assert 'toy: the real data, downloaded: toy.tgz\n' in capsys.readouterr().out
     assert sorted(p.name for p in home.iterdir()) == ['.lock-toy', 'downloads', 'toy']
     assert not list((home / 'downloads').iterdir())
 
@@ -144,8 +144,9 @@ def test_forced_stand_in(home, toy, nobody, mirror, monkeypatch):
     monkeypatch.setenv('DLFOUND_STANDIN', '1')
     assert (fetch('toy') / 'x').read_text() == 'stand-in' and is_standin('toy')
     with pytest.raises(ConnectionError, match='DLFOUND_STANDIN is set: unset it'): fetch('toy', standin=False)
-    monkeypatch.setenv('DLFOUND_STANDIN', '0')
-    assert fetch('toy') == real
+    for no in '0', 'False', '':
+        monkeypatch.setenv('DLFOUND_STANDIN', no)
+        assert fetch('toy') == real
 
 
 def test_offline_never_asks(home, toy, mirror, monkeypatch):
@@ -173,7 +174,7 @@ def test_the_network_is_back(home, toy, mirror, monkeypatch, capsys):
     fetch('toy')
     monkeypatch.setattr(data, 'download', lambda urls, dest, *hashes: copied(mirror / 'toy.tgz', dest))
     assert (fetch('toy', standin=False) / 'x').read_text() == 'real' and used() == {'toy': False}
-    assert 'toy: the real data, downloaded\n' in capsys.readouterr().out
+    assert 'toy: the real data, downloaded: toy.tgz\n' in capsys.readouterr().out
 
 
 def left(folder): return sorted(p.name for p in folder.iterdir())
@@ -202,10 +203,13 @@ def test_wrong_hash_in_the_mirror(home, toy, nobody, mirror):
 
 def test_mirror_that_is_no_folder(home, toy, nobody, mirror, monkeypatch):
     toy(nobody)
-    fetch('toy')
     for bad in str(mirror / 'nowhere'), str(mirror / 'toy.tgz'):
         monkeypatch.setenv('DLFOUND_MIRROR', bad)
         with pytest.raises(NotADirectoryError, match='DLFOUND_MIRROR'): fetch('toy')
+    monkeypatch.setenv('DLFOUND_MIRROR', str(mirror))
+    real = fetch('toy')
+    monkeypatch.setenv('DLFOUND_MIRROR', str(mirror / 'unplugged')) # A set in the cache needs no mirror
+    assert fetch('toy') == real
 
 
 def test_empty_mirror_and_no_network(home, toy, nobody, mirror):
@@ -234,9 +238,15 @@ def test_an_empty_folder_is_no_set(home, toy, nobody, mirror):
     toy(nobody)
     (home / 'toy').mkdir(parents=True)
     (home / 'toy/.DS_Store').touch() # As a Mac may leave
-    with pytest.raises(OSError, match='not empty'): fetch('toy')
+    with pytest.raises(OSError, match='home/toy is in the way: remove it'): fetch('toy')
     (home / 'toy/.DS_Store').unlink()
     assert (fetch('toy') / 'x').read_text() == 'real' and left(home) == ['.lock-toy', 'toy']
+
+
+def test_an_empty_folder_is_no_stand_in(home, toy, nobody):
+    toy(nobody)
+    (home / 'standin/toy').mkdir(parents=True)
+    assert (fetch('toy') / 'x').read_text() == 'stand-in'
 
 
 def test_a_set_without_address(home, toy, mirror, monkeypatch):

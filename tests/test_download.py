@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import dlfound.download as module
 import pytest
@@ -38,6 +39,20 @@ def test_whole(site, tmp_path, page, kind):
 def test_a_server_that_fails_is_an_error_and_not_unreachable(site, tmp_path, page, words):
     with pytest.raises(OSError, match=words) as e: download(f'{site[0]}/{page}.bin', tmp_path / 'x', sha256)
     assert not isinstance(e.value, Unreachable) and not (tmp_path / 'x').exists()
+
+
+def test_a_proxy_that_says_no_is_an_error_and_not_unreachable(site, tmp_path, monkeypatch):
+    for name in 'no_proxy', 'NO_PROXY': monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('https_proxy', site[0])
+    monkeypatch.setattr('urllib.request._opener', None) # It keeps the proxies of its first use
+    with pytest.raises(OSError, match='Tunnel connection failed: 501') as e:
+        download('https://example.invalid/x', tmp_path / 'x')
+    assert not isinstance(e.value, Unreachable) and left(tmp_path) == []
+
+
+@pytest.mark.parametrize('url', ['http://127.0.0.1:1/\u00fc.bin', 'http://a..b/x', '{}/nolength.bin'])
+def test_only_a_wrong_hash_is_a_value_error(site, tmp_path, url):
+    with pytest.raises(OSError, match='cannot download x'): download(url.format(site[0]), tmp_path / 'x', sha256)
 
 
 def test_a_truncated_download_is_refused_without_a_hash_too(site, tmp_path):
@@ -143,7 +158,7 @@ def test_nobody_listens(tmp_path):
 
 
 @pytest.mark.parametrize('bad', ['ftp://example.org/x', 'file:///etc/hostname', 'http:///x', 'https://:80/x',
-                                 'http://[::1/x', 'x', '', []])
+                                 'http://[::1/x', 'x', '', [], [b'http://example.org/x'], [Path('x')]])
 def test_other_addresses(tmp_path, bad):
     with pytest.raises(ValueError, match='http'): download(bad, tmp_path / 'x')
 
@@ -191,7 +206,8 @@ def test_without_a_hash_nothing_is_resumed(site, tmp_path):
 
 def test_wrong_hash(tmp_path):
     (tmp_path / 'x').write_bytes(payload)
-    assert [wrong_hash(tmp_path / 'x', *h) for h in ((), (sha256,), (None, md5.upper()), (sha256, md5))] == [''] * 4
+    right = (), (sha256,), (None, md5.upper()), (sha256, md5), (f' {sha256}\n',)
+    assert [wrong_hash(tmp_path / 'x', *h) for h in right] == [''] * 5
     assert f'its md5 is {md5} and should be {md5[::-1]}' in wrong_hash(tmp_path / 'x', sha256, md5[::-1])
 
 
@@ -200,6 +216,13 @@ def test_what_is_there_and_right_is_not_downloaded_again(site, tmp_path):
     site[1].clear()
     download(f'{site[0]}/good.bin', tmp_path / 'x', sha256)
     assert site[1] == []
+
+
+@pytest.mark.parametrize('hashes', [(), (sha256,)])
+def test_a_part_that_is_a_folder_is_told(site, tmp_path, hashes):
+    (tmp_path / 'x.part').mkdir()
+    with pytest.raises(OSError, match='x.part') as e: download(f'{site[0]}/good.bin', tmp_path / 'x', *hashes)
+    assert e.value.errno in (errno.EISDIR, errno.EPERM)
 
 
 def test_no_space(site, tmp_path, monkeypatch):
@@ -212,7 +235,7 @@ def test_no_space(site, tmp_path, monkeypatch):
 def test_a_pipe_gets_plain_lines(site, tmp_path):
     code = f'from dlfound.download import download; download("{site[0]}/good.bin", "x")'
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == 'downloading good.bin, 0.5 MB\n' and done.stderr == ''
+    assert done.stdout == 'downloading x, 0.5 MB\n' and done.stderr == ''
 
 
 def test_killed_and_taken_up_again(site, tmp_path):

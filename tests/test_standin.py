@@ -32,7 +32,8 @@ def test_load_mnist_reads_the_idx_files(digits):
 @pytest.mark.parametrize('change, words', [
     (lambda b: b[:-1], 'holds'), (lambda b: b + b'x', 'holds'), (lambda b: b'\0\0\x08\x01' + b[4:], '0x801'),
     (lambda b: b[:3], 'begins'), (lambda b: b'', 'begins'), (lambda b: b[:16], 'holds 0'),
-    (lambda b: b[:4] + b'\0\0\0\x01' + b[8:12] + b[12:16] + b[16:16 + 784], '1 images and 72 labels'),
+    (lambda b: b[:4] + b'\0\0\0\x01' + b[8:12] + b[12:16] + b[16:16 + 784], r'\[1, 28, 28\] and 72 labels'),
+    (lambda b: b[:4] + b'\0\0\0\x48\0\0\0\x0e\0\0\0\x0e' + b[16:16 + 72 * 196], r'\[72, 14, 14\] and 72 labels'),
 ])
 def test_damaged_idx(digits, change, words):
     path = digits / 'train-images-idx3-ubyte.gz'
@@ -58,7 +59,7 @@ def test_the_remedy_for_a_damaged_file_works(digits):
 def test_label_outside_the_classes(digits):
     path = digits / 'train-labels-idx1-ubyte.gz'
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1] + b'\x0a'))
-    with pytest.raises(ValueError, match='72 images and 72 labels, of which the largest is 10'): load_mnist()
+    with pytest.raises(ValueError, match='72 labels, the largest 10: remove it'): load_mnist()
 
 
 def test_an_empty_set_can_be_read(tmp_path):
@@ -75,6 +76,21 @@ def test_make_digits_leaves_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     make_digits(tmp_path / 'a', 20, 10, 10)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_defaults_of_pytorch_change_nothing(tmp_path):
+    before = make_digits(tmp_path / 'a', 20, 10, 10)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device('meta')
+    try: after = make_digits(tmp_path / 'b', 20, 10, 10)
+    finally: torch.set_default_device('cpu'), torch.set_default_dtype(torch.float32)
+    assert all((before / name).read_bytes() == (after / name).read_bytes() for name in mnist_files)
+
+
+def test_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert make_digits('~/a', 20, 10, 10) == tmp_path / 'a' and len(read_digits('~/a')[0]) == 30
 
 
 @pytest.mark.parametrize('seed', [42, 43, 44])
@@ -134,6 +150,14 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     (tmp_path / '.work-set/new').mkdir(parents=True)
     (tmp_path / '.work-set/new/half').touch()
     with whole_folder(tmp_path / 'set') as new: assert left(new) == []
+
+
+@pytest.mark.parametrize('kind', ['file', 'hidden file'])
+def test_what_is_in_the_way_is_told_before_any_work(tmp_path, kind):
+    if kind == 'file': (tmp_path / 'set').touch()
+    else: (tmp_path / 'set').mkdir(), (tmp_path / 'set/.DS_Store').touch() # As a Mac may leave
+    with pytest.raises(FileExistsError, match='set is in the way: remove it'), whole_folder(tmp_path / 'set'): 1 / 0
+    assert left(tmp_path) == ['.lock-set', 'set']
 
 
 def test_one_at_a_time(tmp_path):
