@@ -116,7 +116,7 @@ def save(path: Path, nb: dict, seconds: float) -> None:
 
 
 def is_set(name: str) -> bool:
-    return os.environ.get(name, '0') not in ('', '0')
+    return os.environ.get(name, '').lower() not in ('', '0', 'false')
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'scripts'))
-settings.register_profile('dlfound', derandomize=os.environ.get('DLFOUND_FULL', '0') in ('', '0'))
+settings.register_profile('dlfound', derandomize=os.environ.get('DLFOUND_FULL', '').lower() in ('', '0', 'false'))
 settings.load_profile('dlfound')
 
 
