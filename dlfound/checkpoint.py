@@ -162,11 +162,8 @@ class Checkpoint(Callback):
         self._pass.due.append(self._is_due)
 
     def _is_due(self, n: int) -> bool: return self.unit == 'batch' and n % self.every == 0
-    def state_dict(self) -> dict[str, Any]: return super().state_dict() | {'home': str(self.folder)}
-
     def after_batch(self, learn: TrainingLoop) -> None:
         if learn.training and self._is_due(learn.iter + 1): self._save(learn, learn.iter + 1)
-
     def after_epoch(self, learn: TrainingLoop) -> None:
         n = learn.epoch + 1
         if self.unit == 'batch' or n == learn.n_epochs or n % self.every == 0: self._save(learn)
@@ -189,6 +186,9 @@ class Checkpoint(Callback):
         self.names = [n for n in self.names if n not in gone]
 
     def after_fit(self, learn: TrainingLoop) -> None: self._pass = None
+    def state_dict(self) -> dict[str, Any]:
+        "What it has in `kept`, and the folder where its files are"
+        return super().state_dict() | {'home': str(self.folder)}
 
 # %% ../nbs/04f_checkpoint.ipynb #d69e7594
 def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> None:
