@@ -108,6 +108,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'dlfound.checkpoint.Checkpoint.before_train': ( 'checkpoint.html#checkpoint.before_train',
                                                                                     'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint.Checkpoint.best': ('checkpoint.html#checkpoint.best', 'dlfound/checkpoint.py'),
+                                    'dlfound.checkpoint.Checkpoint.state_dict': ( 'checkpoint.html#checkpoint.state_dict',
+                                                                                  'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._Pass': ('checkpoint.html#_pass', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._Pass.__getattr__': ('checkpoint.html#_pass.__getattr__', 'dlfound/checkpoint.py'),
                                     'dlfound.checkpoint._Pass.__init__': ('checkpoint.html#_pass.__init__', 'dlfound/checkpoint.py'),

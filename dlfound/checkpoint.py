@@ -49,8 +49,7 @@ def _owners(learn: TrainingLoop) -> tuple[Any, ...]: # Of generators, which a fi
 
 def _parts(learn: TrainingLoop) -> dict[str, Any]:
     "What hangs on the loop with a state of its own, such as a second optimizer"
-    own = learn.model, learn.loss_func, learn.opt
-    return {k: x for k, x in stateful(learn).items() if all(x is not known for known in own)}
+    return {k: x for k, x in stateful(learn).items() if k not in ('model', 'loss_func', 'opt')}
 
 def _settings(cb: Callback) -> dict[str, Any]:
     "The plain arguments that one of the library's callbacks was made with"
@@ -93,8 +92,7 @@ class _Pass:
     def go_on(self, saved: Mapping[str, Any], same_data: bool) -> None:
         "Begin after the batches that were done when a checkpoint was written"
         self.done, self.now = saved['batch'], saved['state']['random']
-        names = ('start', 'before') + ('first', 'last') * same_data
-        vars(self).update({k: saved[k] for k in names})
+        for k in ('start', 'before') + ('first', 'last') * same_data: setattr(self, k, saved[k])
 
     def __iter__(self) -> Iterator[Any]: # For each batch that is done, `None`
         yield from repeat(None, self.done)
@@ -122,7 +120,7 @@ class _Pass:
 # %% ../nbs/04f_checkpoint.ipynb #f774553a
 class Checkpoint(Callback):
     "Writes files from which `resume` can finish the fit, should it be interrupted"
-    order, kept, _pass = inf, ('names', 'lowest', 'best_name'), cast(Any, None)
+    order, home, kept, _pass = inf, '', ('names', 'lowest', 'best_name'), cast(Any, None)
     def __init__(
         self,
         folder: str | os.PathLike[str], # Made if there is none; files of other fits in it stay
@@ -132,9 +130,8 @@ class Checkpoint(Callback):
         monitor: str | None = 'valid_loss', # Says which epoch is the best; `None`: none is
         mode: str | None = None, # Is 'min' or 'max' better? `None`: 'min', of a loss only
     ):
-        if unit not in ('epoch', 'batch'):
-            raise ValueError(f"unit is 'epoch' or 'batch', got {unit!r}")
-        if not all(isinstance(n, int) and n > 0 for n in (every, keep)):
+        if unit not in ('epoch', 'batch'): raise ValueError(f'unit is epoch or batch, got {unit!r}')
+        if not all(type(n) is int and n > 0 for n in (every, keep)):
             raise ValueError(f'every and keep are whole numbers from 1, got {every!r} and {keep!r}')
         self.folder = Path(folder).expanduser().resolve()
         self.every, self.unit, self.keep, self.monitor = every, unit, keep, monitor
@@ -148,8 +145,7 @@ class Checkpoint(Callback):
         return path if path.is_file() else None
 
     def before_fit(self, learn: TrainingLoop) -> None:
-        others = [cb for cb in learn.cbs if isinstance(cb, Checkpoint) and cb is not self]
-        if any(cb.folder == self.folder for cb in others):
+        if sum(isinstance(cb, Checkpoint) and cb.folder == self.folder for cb in learn.cbs) > 1:
             raise ValueError(f'two Checkpoints in {self.folder}; give each a folder of its own')
         recorded = learn.dls.valid is not None and any(isinstance(c, Recorder) for c in learn.cbs)
         self._judge = self._monitor if recorded or self.monitor != 'valid_loss' else None
@@ -166,10 +162,8 @@ class Checkpoint(Callback):
         self._pass.due.append(self._is_due)
 
     def _is_due(self, n: int) -> bool: return self.unit == 'batch' and n % self.every == 0
-
     def after_batch(self, learn: TrainingLoop) -> None:
         if learn.training and self._is_due(learn.iter + 1): self._save(learn, learn.iter + 1)
-
     def after_epoch(self, learn: TrainingLoop) -> None:
         n = learn.epoch + 1
         if self.unit == 'batch' or n == learn.n_epochs or n % self.every == 0: self._save(learn)
@@ -185,12 +179,16 @@ class Checkpoint(Callback):
             epoch=learn.epoch, batch=batch, n_epochs=learn.n_epochs, lr=learn.fit_lr,
             start=p.start, before=p.before, first=p.first, last=p.last, identity=_identity(learn),
             state=learn.state_dict(), attributes=attribute_state(learn.module),
+            trained=[p.requires_grad for p in learn.params],
             parts={k: x.state_dict() for k, x in _parts(learn).items()}))
         gone = [n for n in self.names[:-self.keep] if n != self.best_name]
         for n in gone: (self.folder / n).unlink(missing_ok=True)
         self.names = [n for n in self.names if n not in gone]
 
     def after_fit(self, learn: TrainingLoop) -> None: self._pass = None
+    def state_dict(self) -> dict[str, Any]:
+        "What it has in `kept`, and the folder where its files are"
+        return super().state_dict() | {'home': str(self.folder)}
 
 # %% ../nbs/04f_checkpoint.ipynb #d69e7594
 def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> None:
@@ -198,20 +196,19 @@ def _check(learn: TrainingLoop, saved: Mapping[str, Any], same_data: bool) -> No
     own, cbs, dl = _identity(learn), learn.cbs.named(), learn.dls.train
     for what, was in saved['identity'].items():
         if own.get(what) == was or what.startswith('batches') and not same_data: continue
-        if what not in own:
-            raise ValueError(f'the interrupted fit had {what}; give it to resume or the Learner')
+        if what not in own: raise ValueError(f'the interrupted fit had {what}; give it again')
         text = f'{what}: {own[what]}, and {was} in the interrupted fit'
         if not (isinstance(was, dict) and was | {'patience': 0} == own[what] | {'patience': 0}):
             raise ValueError(f'{text}; make it as it was')
         warnings.warn(text)
     if new := [name for name in own if name not in saved['identity']]:
         warnings.warn(f'the interrupted fit had no {", ".join(new)}')
+    if same_data and saved['first'] and not isinstance(dl, Iterator):
+        with random_kept(*_owners(learn)):
+            set_random_state(saved['start'], *_owners(learn))
+            with open_batches(dl) as batches: _compare(1, next(batches, None), saved['first'])
     for name, state in saved['state']['callbacks'].items(): # Some refuse what is not theirs
         if name in cbs: copy(cbs[name]).load_state_dict(state)
-    if not (same_data and saved['first']) or isinstance(dl, Iterator): return
-    with random_kept(*_owners(learn)):
-        set_random_state(saved['start'], *_owners(learn))
-        with open_batches(dl) as batches: _compare(1, next(batches, None), saved['first'])
 
 # %% ../nbs/04f_checkpoint.ipynb #611b4050
 class _Resume(Callback):
@@ -221,9 +218,13 @@ class _Resume(Callback):
         self.saved, self.same_data, self.batch = saved, same_data, saved['batch']
 
     def _load(self, learn: TrainingLoop) -> None:
-        for k, state in self.saved['parts'].items(): load_opt_state(_parts(learn)[k], state)
         learn.load_state_dict(self.saved['state'])
+        for k, state in self.saved['parts'].items(): load_opt_state(_parts(learn)[k], state)
         load_attribute_state(learn.module, self.saved['attributes'])
+        for p, trained in zip(learn.params, self.saved['trained']): p.requires_grad_(trained)
+        for cb in (cb for cb in learn.cbs if isinstance(cb, Checkpoint)):
+            if str(cb.folder) not in (cb.home, self.saved.get('folder')): # It has files of others
+                cb.names, cb.best_name = [], ''
 
     def before_fit(self, learn: TrainingLoop) -> None:
         _check(learn, self.saved, self.same_data)
@@ -242,19 +243,18 @@ def resume(
     learn: TrainingLoop, # A Learner made as the one whose fit was interrupted, or that one itself
     path: str | os.PathLike[str], # A checkpoint, or a folder: its newest whole one
     cbs: Cbs = (), # Those that were given to the interrupted fit
-    n_epochs: int | None = None, # `None`: as planned; more of them stretch the schedules
+    n_epochs: int | None = None, # `None`: as planned; schedules run over as many as are given
     same_data: bool = True, # Refuse other data? `False`: such as cannot be drawn again
 ) -> None:
     "Finish an interrupted fit, bit for bit; ValueError if the checkpoint is of another one"
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     path, saved = _newest(path) if path.is_dir() else (path, load_packed(path))
-    planned, batch = saved['n_epochs'], saved['batch'] or 0
-    n, epoch = planned if n_epochs is None else n_epochs, saved['epoch'] + (not batch)
-    if n < 1: raise ValueError(f'n_epochs is at least 1, got {n}')
-    where = f'goes on in epoch {epoch} of {n}, after {batch} batches' if epoch < n else 'is over'
-    if n != planned: where += f'; epochs planned: {planned}; schedules stretch over {n}'
-    warnings.warn(f'{path.name}: the fit {where}', stacklevel=2)
+    planned, done, saved['folder'] = saved['n_epochs'], saved['batch'] or 0, str(path.parent)
+    n, epoch = planned if n_epochs is None else n_epochs, saved['epoch'] + (not done)
+    if type(n) is not int or n < 1: raise ValueError(f'n_epochs is at least 1, got {n!r}')
+    where = f'to go on in epoch {epoch} of {n}, after {done} batches' if epoch < n else 'over'
+    if n != planned: where += f'; epochs planned: {planned}; schedules run over {n}'
+    warnings.warn(f'{path.name}: the fit is {where}', stacklevel=2)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'the optimizer goes on') # With what the file has
-        cbs = [*Callbacks(cbs), _Resume(saved, same_data)]
-        learn.fit(n, saved['lr'], cbs, start=(epoch, batch))
+        learn.fit(n, saved['lr'], [*Callbacks(cbs), _Resume(saved, same_data)], start=(epoch, done))

@@ -22,6 +22,7 @@ from .stored import whole_file
 
 # %% ../nbs/tools/packed.ipynb #4c8d942b
 _TEXT = '$content' # Where a file keeps what is no tensor
+_TAKEN = _TEXT, '__metadata__' # The second is the format's own
 
 def pack(content: Any) -> tuple[str, dict[str, Tensor]]:
     "JSON of numbers, strings, arrays, tensors, lists, tuples and dicts; and the tensors by path"
@@ -29,10 +30,11 @@ def pack(content: Any) -> tuple[str, dict[str, Tensor]]:
     def put(x: Any, path: str) -> Any:
         if isinstance(x, np.generic): x = x.item()
         if x is None or isinstance(x, (bool, int, float, str)): return x
-        if isinstance(x, np.ndarray) and x.dtype.kind in 'biufU': # No dates, bytes, objects
+        if isinstance(x, np.ndarray) and x.dtype.kind in 'biufU' and x.dtype.char != 'g':
+            # No dates, bytes, objects, long doubles
             return {'$array': str(x.dtype), 'shape': list(x.shape), 'values': x.ravel().tolist()}
-        if isinstance(x, Tensor) and x.layout == torch.strided and not (x.is_nested or x.is_meta):
-            return keep(x.detach(), path)
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            if not (x.is_nested or x.is_meta or x.is_quantized): return keep(x.detach(), path)
         if isinstance(x, list) and len(x) > 99 and {*map(type, x)} == {float}: # Such as losses
             return {'$floats': keep(torch.tensor(x, dtype=torch.float64), path)}
         if isinstance(x, list): return [put(v, f'{path}.{i}') for i, v in enumerate(x)]
@@ -44,7 +46,7 @@ def pack(content: Any) -> tuple[str, dict[str, Tensor]]:
         if all(isinstance(k, str) and k[:1] != '$' for k in named): return named
         return {'$items': [[put(k, path), v] for k, v in named.items()]}
     def keep(t: Tensor, path: str) -> dict[str, Any]: # One that occurs twice is stored once
-        while path in tensors or path == _TEXT: path += '_' # As of the keys 1 and '1'
+        while path in (*tensors, *_TAKEN): path += '_' # As of the keys 1 and '1'
         key = t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
         name = names.setdefault(key, path) if t.numel() else path
         alive.append(t) # Or another might come to stand in its place
@@ -93,7 +95,7 @@ def difference(was: Any, content: Any) -> str: # '' if there is none, or nobody 
     return 'other values'
 
 # %% ../nbs/tools/packed.ipynb #8ebf5d9f
-_FORMAT = '2'
+_FORMAT = '3'
 def save_packed(path: Path, content: Any) -> None:
     "A safetensors file, whole or not there; what is no tensor stands in it as JSON"
     text, tensors = pack(content)
@@ -114,7 +116,8 @@ def load_packed(path: Path) -> Any:
     if form != _FORMAT:
         raise ValueError(f'{path.name} has format {form}, and this version of dlfound reads '
                          f'{_FORMAT}; install the version that wrote it')
-    text = bytes(tensors.pop(_TEXT).tolist()).decode()
+    rest = tensors.pop(_TEXT, torch.empty(0, dtype=torch.uint8)) # It may be gone, or no UTF-8
+    text = rest.numpy().tobytes().decode(errors='replace')
     if header.get('sha256') != digest(text, tensors):
         raise Damaged(f'{path.name} was damaged or edited: its SHA-256 is not the one that was '
                       'written; use an earlier checkpoint')

@@ -64,10 +64,10 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
 _own = set(vars(nn.Module())) # What every module has: parameters, hooks, training, …
 def _is_plain(x: Any) -> bool:
     if isinstance(x, (tuple, list)): return all(map(_is_plain, x))
-    if isinstance(x, Mapping): return all(map(_is_plain, x.values()))
-    if isinstance(x, np.ndarray): return x.dtype.kind in 'biufU'
+    if isinstance(x, Mapping): return all(map(_is_plain, (*x, *x.values())))
+    if isinstance(x, np.ndarray): return x.dtype.kind in 'biufU' and x.dtype.char != 'g'
     if isinstance(x, Tensor):
-        odd = x.is_nested or x.is_meta or x.layout != torch.strided
+        odd = x.is_nested or x.is_meta or x.is_quantized or x.layout != torch.strided
         return not odd and not isinstance(x, nn.Parameter)
     return x is None or isinstance(x, (bool, int, float, str))
 def _equal(a: Any, b: Any) -> bool:
@@ -166,7 +166,8 @@ def _get(s: Any) -> Any: # `None` of an accelerator that is not there, or that n
 def _set(s: Any, new: Any) -> None:
     if _counts(s): s.epoch = new
     elif isinstance(s, np.random.Generator): s.bit_generator.state = new
-    elif new is not None: next(getattr(s, f'set{c}') for c in _calls if hasattr(s, f'set{c}'))(new)
+    elif new is not None: # A machine without an accelerator has no place for the state of one
+        for c in [c for c in _calls if hasattr(s, f'set{c}')][:1]: getattr(s, f'set{c}')(new)
 def random_state(*owners: Any) -> list[Any]: # One for each generator
     "The states of the global generators, and of those that `owners` or their samplers are or have"
     return [_get(s) for s in _sources(owners)]

@@ -44,7 +44,8 @@ def goes_on(made, folder, cbs=(), stop=(1, 2)):
     return whole, again
 
 
-@pytest.mark.parametrize('bad', [dict(every=0), dict(every='batch'), dict(keep=0), dict(unit='step'), dict(mode='up')])
+@pytest.mark.parametrize('bad', [
+    dict(every=0), dict(every=True), dict(every='batch'), dict(keep=0), dict(unit='step'), dict(mode='up')])
 def test_checkpoint_refuses(bad, tmp_path):
     with pytest.raises(ValueError): Checkpoint(tmp_path, **bad)
 
@@ -81,7 +82,7 @@ def test_resume_the_same_learner(tmp_path, recwarn):
     assert same(state(learn), state(whole)) and learn[Recorder].losses == whole[Recorder].losses
     assert learn[Recorder].rows == whole[Recorder].rows
     said = messages(recwarn)
-    assert 'goes on in epoch 1 of 2, after 2 batches' in said and 'goes on with its state' not in said
+    assert 'to go on in epoch 1 of 2, after 2 batches' in said and 'goes on with its state' not in said
 
 
 def test_the_next_fit_says_that_the_optimizer_goes_on(tmp_path):
@@ -203,7 +204,7 @@ def test_damage(tmp_path, how, recwarn):
     assert same(state(fresh), weights)
     resume(fresh, tmp_path, cbs)
     said = messages(recwarn)
-    assert f'left out: {newest.name}' in said and f'{before.name}: the fit goes on' in said
+    assert f'left out: {newest.name}' in said and f'{before.name}: the fit is to go on' in said
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -542,11 +543,12 @@ def test_more_epochs(stop, tmp_path, recwarn):
     assert same(state(longer), state(over)) and len(over[Recorder].rows) == 3
 
 
-def test_schedules_stretch_over_more_epochs(tmp_path, recwarn):
+def test_schedules_run_over_more_epochs(tmp_path, recwarn):
     cbs = interrupted(tmp_path, learner(), [ParamScheduler(flat_cos(.1))], stop=(1, 0))
     again = learner()
     resume(again, tmp_path, cbs, n_epochs=4)
-    assert len(again[Recorder].lrs) == 20 and again[Recorder].lrs[-1] < 1e-5 and 'stretch' in messages(recwarn)
+    assert len(again[Recorder].lrs) == 20 and again[Recorder].lrs[-1] < 1e-5
+    assert 'schedules run over 4' in messages(recwarn)
 
 
 def test_other_patience(tmp_path, recwarn):
@@ -728,6 +730,62 @@ def test_a_loop_with_validation_and_no_recorder(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 and keep.best is None
 
 
+def names(folder): return [p.name.split('.')[0] for p in checkpoint._found(folder)]
+
+
+def test_files_in_another_folder_are_left_alone(tmp_path):
+    "Though they have the names of those that the interrupted fit wrote"
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    learner().fit(1, cbs=Checkpoint(b))
+    interrupted(a, learner(), unit='epoch', keep=1, monitor=None)
+    assert names(a) == names(b) == ['fit000_epoch0000_done']
+    resume(learner(), a, [Checkpoint(b, keep=1, monitor=None), Stop(9, 9)])
+    assert names(a) == ['fit000_epoch0000_done'] and names(b) == ['fit000_epoch0000_done', 'fit001_epoch0001_done']
+
+
+def test_a_folder_that_was_moved_and_a_second_checkpoint(tmp_path):
+    "Both have their own files still, and their best"
+    def cbs(first, *stop):
+        other = Checkpoint(tmp_path / 'b', keep=1, monitor='made', mode='min')
+        return [Rows([1., 2., 3.]), Checkpoint(tmp_path / first, 1, 'batch', 1, 'made', 'min'), other, Stop(*stop)]
+    with pytest.raises(RuntimeError, match='stop'): learner().fit(3, cbs=cbs('a', 1, 2))
+    (tmp_path / 'a').rename(tmp_path / 'moved')
+    again = cbs('moved', 9, 9)
+    resume(learner(), tmp_path / 'moved', again)
+    assert names(tmp_path / 'moved') == ['fit000_epoch0000_done', 'fit001_epoch0002_done']
+    assert names(tmp_path / 'b') == ['fit000_epoch0000_done', 'fit001_epoch0002_done']
+    assert all(keep.best.name == 'fit000_epoch0000_done.safetensors' for keep in again[1:3])
+
+
+@pytest.mark.parametrize('stop', [(1, 0), (1, 2), (2, 2)])
+def test_layers_that_are_unfrozen_in_the_middle(stop, tmp_path):
+    "What was being trained is trained again"
+    class Unfreeze(Callback):
+        def set(self, learn, on): learn.model[0].requires_grad_(on)
+        def before_fit(self, learn): self.set(learn, False)
+        def before_epoch(self, learn):
+            if learn.epoch == 1: self.set(learn, True)
+    whole, broken, again = (learner(optim.Adam) for _ in range(3))
+    torch.manual_seed(4)
+    whole.fit(3, cbs=Unfreeze())
+    torch.manual_seed(4)
+    resume(again, tmp_path, interrupted(tmp_path, broken, [Unfreeze()], 3, stop))
+    assert same(state(whole), state(again)) and whole[Recorder].losses == again[Recorder].losses
+
+
+def test_refused_before_an_inner_object_is_changed(tmp_path):
+    "A callback that loads into a module of its own"
+    class Averages(Callback):
+        def __init__(self, value): self.m = nn.Linear(4, 3); nn.init.constant_(self.m.weight, value)
+        def state_dict(self): return dict(self.m.state_dict())
+        def load_state_dict(self, saved): self.m.load_state_dict(saved)
+    interrupted(tmp_path, plain(), [Averages(1.)], stop=(1, 1))
+    mine = Averages(2.)
+    with pytest.raises(ValueError, match='other values'):
+        resume(plain(shift=1.), tmp_path, [mine, Checkpoint(tmp_path), Stop(9, 9)])
+    assert (mine.m.weight == 2).all()
+
+
 def test_one_checkpoint_for_two_fits(tmp_path):
     keep = Checkpoint(tmp_path)
     learner(dls=DataLoaders(data().train), metrics=()).fit(1, cbs=keep)
@@ -736,7 +794,7 @@ def test_one_checkpoint_for_two_fits(tmp_path):
     assert keep.best.name == 'fit001_epoch0000_done.safetensors'
 
 
-@pytest.mark.parametrize('n', [0, -1])
+@pytest.mark.parametrize('n', [0, -1, '3', True])
 def test_no_epochs(n, tmp_path):
     learner().fit(1, cbs=Checkpoint(tmp_path))
     with pytest.raises(ValueError, match='at least 1'): resume(learner(), tmp_path, n_epochs=n)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlfound import packed
-from dlfound.packed import load_packed, pack, save_packed, unpack
+from dlfound.packed import Damaged, load_packed, pack, save_packed, unpack
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 keys = st.text(max_size=3) | st.integers() | st.booleans()
@@ -75,14 +75,17 @@ def test_tied_tensors_are_stored_once():
 
 def test_names_do_not_clash():
     a, b, z = torch.zeros(2), torch.ones(2), torch.tensor([1 + 1j])
-    for x in {1: a, '1': b}, {'a.b': a, 'a': {'b': b}}, {'.a': a, 'a': b}, {'$content': a, 'b': b}, [z, z.conj()]:
+    own = {'$content': a, 'b': b}, {'__metadata__': a}
+    for x in *own, {1: a, '1': b}, {'a.b': a, 'a': {'b': b}}, {'.a': a, 'a': b}, [z, z.conj()]:
         assert str(back(x)) == str(x)
+    assert '__metadata__' not in pack({'__metadata__': a})[1]
 
 
 def test_arrays():
     for x in np.zeros((0, 3)), np.arange(6.).reshape(2, 3), np.array(['a', 'bc']), np.array(True):
         assert np.array_equal(back(x), x) and back(x).shape == x.shape and back(x).dtype == x.dtype
-    for x in np.array([1j]), np.array(['2026-01-01'], 'M8[D]'), np.array([b'a']), np.zeros(2, 'f4,i4'), np.array([{}]):
+    dates, long = np.array(['2026-01-01'], 'M8[D]'), np.zeros(2, 'longdouble')
+    for x in np.array([1j]), dates, np.array([b'a']), np.zeros(2, 'f4,i4'), np.array([{}]), long:
         with pytest.raises(TypeError, match='state.x is'): pack(dict(state=dict(x=x)))
         assert packed.fingerprint(x) is None
 
@@ -91,6 +94,18 @@ def test_arrays():
 def test_tensors_without_numbers():
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     for x in nested, torch.empty(2, device='meta'), torch.eye(2).to_sparse(): assert packed.fingerprint(x) is None
+
+
+def test_one_bit_anywhere(tmp_path):
+    "Is `Damaged`, but in the two places that say whose file it is"
+    save_packed(tmp_path / 'x', dict(a=torch.arange(3.), b='é'))
+    raw, told = (tmp_path / 'x').read_bytes(), []
+    for i in range(len(raw)):
+        for bit in 1, 128:
+            (tmp_path / 'x').write_bytes(raw[:i] + bytes([raw[i] ^ bit]) + raw[i + 1:])
+            with pytest.raises(ValueError) as e: load_packed(tmp_path / 'x')
+            if e.type is not Damaged: told.append(str(e.value))
+    assert all('is no checkpoint' in text or 'has format' in text for text in told) and len(told) < 30
 
 
 def test_a_long_record(tmp_path):

@@ -421,6 +421,15 @@ def test_states_of_other_owners_are_refused_and_change_nothing():
     assert draw_all() == first
 
 
+def test_a_machine_without_the_accelerator(monkeypatch):
+    "Has no place for the state of one, and takes the others"
+    states = [*random_state()[:3], torch.zeros(16, dtype=torch.uint8)]
+    drawn = torch.rand(())
+    monkeypatch.setattr(torch, 'get_device_module', lambda: torch.cpu)
+    set_random_state(states)
+    assert torch.rand(()) == drawn
+
+
 @pytest.mark.parametrize('error', [None, ValueError, KeyboardInterrupt])
 def test_a_look_leaves_no_trace(error):
     own = Own()
@@ -453,6 +462,14 @@ def test_plain_attributes_come_back():
     assert 'other' not in attribute_state(a)[''] and b.other is not a.other
     load_attribute_state(b, {'nowhere': dict(n=8)})
     assert b.n == 7
+
+
+def test_what_no_file_can_hold_is_no_plain_attribute():
+    net = Carrying()
+    net.n, net.h = {nn.Linear: 1}, [np.zeros(1, 'longdouble')]
+    assert list(attribute_state(net)['']) == []
+    net.n, net.h = {(1, 'a'): 1}, [np.zeros(1)]
+    assert list(attribute_state(net)['']) == ['h', 'n']
 
 
 def test_tensors_among_them_go_where_the_parameters_are():
