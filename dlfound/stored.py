@@ -95,7 +95,7 @@ def stored(
 ) -> Stored: # Whose `kept` and `live` are of one form
     "What `make full` computes by `run()` and keeps, beside what `run(**small)` computes now"
     path = Path(dlfound.__file__).parent / 'results' / f'{name}.json'
-    full = os.environ.get('DLFOUND_FULL', '0') not in ('', '0')
+    full = os.environ.get('DLFOUND_FULL', '').lower() not in ('', '0', 'false')
     if not (full or path.exists()): raise FileNotFoundError(f'no {path}; make full computes it')
     live = json.loads(json.dumps(run(**small))) # First, as its mistakes come soon
     if full:
