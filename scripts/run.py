@@ -83,7 +83,8 @@ def execute(path: Path, offset: int = 0, start_method: str | None = None) -> tup
         if c.cell_type == 'code' and not re.search(r'^#\|\s*export', c.source, re.M): # The library's seeds stay
             c.source, n = reseed(c.source, offset)
             seeds += n
-    client = NotebookClient(nb, timeout=7200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    client = NotebookClient(nb, timeout=7200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
+                            extra_arguments=['--log-level=ERROR']) # No word about its sockets for every notebook
 
     def extra(code: str) -> str:
         nb.cells.append(nbformat.v4.new_code_cell(code))
