@@ -36,6 +36,7 @@ make_venv() {
 want=$(printf '%s\n' "$here"; cat settings.ini setup.py)
 if ! { [ "$want" = "$(cat "$stamp" 2>/dev/null)" ] && "$py" -c '' 2>/dev/null; }; then
     if moved || ! { [ -x "$py" ] && fits "$py" && "$py" -c 'import pip' 2>/dev/null; }; then make_venv; fi
+    [ -w .venv ] || fail "$here/.venv belongs to another user (was it made with sudo?): let that user remove it, then run make again"
     rm -f "$stamp"
     "$py" scripts/install.py
     # nbdev 3 dropped this spelling, people still type it.

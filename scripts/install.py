@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,6 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 python = root / '.venv/bin/python'
 log = root / '.venv/install.log'
-home = Path(os.path.expanduser('~'))
-indexes = os.environ.get('PIP_INDEX_URL', '') + os.environ.get('PIP_EXTRA_INDEX_URL', '')
-cuda = sys.platform == 'linux' and '/cpu' not in indexes
-stays, passes = (6, 3.2) if cuda else (1.5, .4) # GB in .venv at the end, GB of downloads on the way
 
 # What pip says, and what to do about it. The first pattern that fits counts, so causes stand before their effects.
 reasons = {
@@ -31,12 +28,12 @@ reasons = {
     r'ProxyError|Cannot connect to proxy|Tunnel connection failed|407 Proxy':
         'The proxy does not let pip through: see what the variables https_proxy and http_proxy say.',
     r'Name or service not known|name resolution|nodename nor servname|getaddrinfo failed|NameResolutionError':
-        'The package index cannot be found: is there a network? Behind a proxy, set https_proxy; where another index '
-        'has to be used, set PIP_INDEX_URL.',
+        'The package index cannot be found: is there a network? {proxy} Where another index is to be '
+        'used, set PIP_INDEX_URL.',
     r'Connection refused|is unreachable|No route to host|timed out|Connection reset|NewConnectionError|SSLError|'
     r'Connection aborted|RemoteDisconnected|Connection broken|IncompleteRead|ProtocolError':
-        'The package index does not answer, or not to the end. Run make again, which keeps what was downloaded; behind '
-        'a proxy, set https_proxy; where another index has to be used, set PIP_INDEX_URL.',
+        'The package index does not answer, or not to the end. Run make again, which keeps what was downloaded. '
+        '{proxy} Where another index is to be used, set PIP_INDEX_URL.',
     r'\b[45]\d\d (?:Client|Server) Error|HTTP error [45]\d\d':
         'The package index answers with an error ({0}): is its address in PIP_INDEX_URL right?',
     r'DO NOT MATCH THE HASHES':
@@ -49,7 +46,8 @@ reasons = {
     r'ResolutionImpossible|conflicting dependencies':
         'Some requirements exclude each other. Are there constraints in PIP_CONSTRAINT or in a pip.conf?',
     r'No matching distribution found for setuptools':
-        'The package index lacks even setuptools: is its address right? See PIP_INDEX_URL and pip.conf.',
+        'The package index cannot be reached, or has not even setuptools: is its address right, in PIP_INDEX_URL or '
+        'in a pip.conf?',
     r'No matching distribution found for (?P<name>[^\s\x1b]+)':
         'The package index has no {name} for {machine}.{unfit} Try another Python, such as 3.12 (make '
         'PYTHON=/path/to/python3.12), or a newer pip (.venv/bin/python -m pip install -U pip); or does PIP_INDEX_URL '
@@ -58,6 +56,17 @@ reasons = {
         'A package is not there ready-made for {machine}, and could not be built. Try another Python, such as 3.12: '
         'make PYTHON=/path/to/python3.12.',
 }
+
+
+def cuda() -> bool:
+    "Whether PyTorch comes with its CUDA libraries: on Linux, unless an index of CPU builds is named"
+    indexes = os.environ.get('PIP_INDEX_URL', '') + os.environ.get('PIP_EXTRA_INDEX_URL', '')
+    return sys.platform == 'linux' and '/cpu' not in indexes
+
+
+def sizes() -> tuple[float, float]:
+    "GB that .venv takes in the end, GB of downloads on the way"
+    return (6, 3.2) if cuda() else (1.5, .4)
 
 
 def free(folder: Path) -> float:
@@ -78,11 +87,14 @@ def unfit() -> str:
 
 def reason(output: str, code: int = 1) -> str:
     "Why the installation failed, from the end of what pip said"
-    if code in (-9, 137): return 'The system stopped pip, most likely for want of memory: close other programs first.'
-    end, tmp = '\n'.join(output.splitlines()[-100:]), Path(tempfile.gettempdir())
+    if code == -signal.SIGKILL: return 'The system stopped pip, most likely for want of memory: close other programs.'
+    tmp, (stays, passes) = Path(tempfile.gettempdir()), sizes()
+    proxy = any(os.environ.get(name) for name in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'))
     facts = dict(stays=stays, passes=passes, tmp=tmp, free=f'{free(root):.1f} GB', tmp_free=f'{free(tmp):.1f} GB',
                  machine=f'Python {platform.python_version()} on {platform.system()} {platform.machine()}',
-                 unfit=unfit())
+                 unfit=unfit(),
+                 proxy='Is the proxy in https_proxy right?' if proxy else 'Behind a proxy, set https_proxy.')
+    end = '\n'.join(output.splitlines()[-100:])
     for pattern, sentence in reasons.items():
         if m := re.search(pattern, end): return sentence.format(m[0], **facts, **m.groupdict())
     return 'The lines above say why.'
@@ -90,8 +102,9 @@ def reason(output: str, code: int = 1) -> str:
 
 def warnings() -> list[str]:
     "One for each disk that may be too small"
+    stays, passes = sizes()
     needs = [(root, stays), (Path(tempfile.gettempdir()), passes)]
-    if not os.environ.get('PIP_NO_CACHE_DIR'): needs.append((home, passes)) # pip keeps what it downloads
+    if not os.environ.get('PIP_NO_CACHE_DIR'): needs.append((Path(os.path.expanduser('~')), passes)) # pip's own cache
     disks = {}
     for folder, need in needs:
         device = folder.stat().st_dev if folder.exists() else None
@@ -111,9 +124,9 @@ def pip(*args: str) -> tuple[int, str]:
     os.close(its)
     said = b''
     while text := read(ours):
-        said += text
+        with suppress(OSError), log.open('ab' if said else 'wb') as file: file.write(text) # The disk may be full
         if shown: os.write(1, text)
-    with suppress(OSError): log.write_bytes(said) # On a full disk there is no room for it either
+        said += text
     return process.wait(), said.decode(errors='replace').replace('\r\n', '\n')
 
 
@@ -124,9 +137,10 @@ def read(fd: int) -> bytes:
 
 def main() -> int:
     new = not any((root / '.venv/lib').glob('python*/site-packages/torch'))
+    stays, passes = sizes()
     size = f': a few minutes, {passes} GB to download, {stays} GB on the disk' if new else ''
     print(f'Installing dlfound, PyTorch and JupyterLab into .venv{size}', flush=True)
-    if new and cuda and not shutil.which('nvidia-smi'):
+    if new and cuda() and not shutil.which('nvidia-smi'):
         print('without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab '
               'needs about 1.2 GB instead of 6', flush=True)
     for line in warnings() if new else []: print(line, file=sys.stderr)
