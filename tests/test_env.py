@@ -45,9 +45,9 @@ def course(tree):
 
 
 def env(course, **variables):
-    "Run env.sh with the stub as its Python"
+    "Run env.sh of a course with the stub as its Python"
     variables |= dict(PYTHON=str(course.parent / 'python3'), REAL=sys.executable)
-    return run('sh', 'scripts/env.sh', cwd=course, **variables)
+    return run('sh', course / 'scripts/env.sh', cwd=course.parent, **variables)
 
 
 def calls(course):
@@ -198,7 +198,7 @@ def test_what_pip_says_becomes_advice(text, words, monkeypatch):
 
 
 def test_an_error_that_was_overcome_is_no_reason():
-    text = 'connection broken by ReadTimeoutError\n' + 'Collecting more\n' * 200 + 'No space left on device'
+    text = 'ReadTimeoutError: Read timed out.\n' + 'Collecting more\n' * 200 + 'No space left on device'
     assert 'disk is full' in install.reason(text)
     assert install.reason(text.rsplit('\n', 1)[0]) == 'The lines above say why.'
     assert 'memory' in install.reason(text, -9)
