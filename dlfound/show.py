@@ -92,7 +92,7 @@ def picture(draw: Callable[[Any], Any], figsize: tuple[float, float] = (5, 2.4))
     from matplotlib.figure import Figure
     figure, png = Figure(figsize=figsize, layout='constrained'), BytesIO()
     draw(figure.subplots())
-    figure.savefig(png)
+    figure.savefig(png, metadata={'Software': None}) # The same bytes from the next matplotlib too
     return Image(png.getvalue())
 
 # %% ../nbs/tools/show.ipynb #000ea736

@@ -3,7 +3,9 @@ import json
 import subprocess
 
 import pytest
-from small import edit, lesson, script, write
+from small import edit, lesson, needs_git, script, write
+
+pytestmark = needs_git
 
 
 def cells(path): return json.loads(path.read_text())['cells']

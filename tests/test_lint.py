@@ -43,8 +43,8 @@ def test_a_clean_course_has_no_fault(clean):
 
 @pytest.mark.parametrize('line, hint', [
     ('#| exporte', 'did you mean export?'), ('#|hid', 'did you mean hide?'), ('#| fig_alt: x', 'did you mean fig-alt?'),
-    ('#| slow', 'stored(name, run)'), ('#| cuda', 'ask for a GPU in Python'), ('#| eval: false', 'Run All knows no such'),
-    ('#| notest', 'make test runs every cell'),
+    ('#| slow', 'stored(name, run)'), ('#| cuda', 'ask for a GPU in Python'),
+    ('#| eval: false', 'Run All knows no such'), ('#| notest', 'make test runs every cell'),
 ])
 def test_misspelt_directive(tree, line, hint):
     edit(tree / 'nbs/01_second.ipynb', lambda nb: cell(nb, 2)['source'].insert(0, line + '\n'))

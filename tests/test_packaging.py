@@ -28,7 +28,7 @@ s = config['DEFAULT']
 made = shutil.ignore_patterns('.venv', '.git', '*.egg-info', 'build', 'dist', '__pycache__', '.hypothesis',
                               '.ipynb_checkpoints')
 left_behind = ['nbs/.ipynb_checkpoints/00-checkpoint.ipynb', 'nbs/tools/.ipynb_checkpoints/x.ipynb',
-               'nbs/.last_checked', 'nbs/my/notes.ipynb',
+               'nbs/.last_checked', 'my/notes.ipynb',
                'tests/__pycache__/x.cpython-311.pyc', 'dlfound/__pycache__/x.cpython-311.pyc']
 
 
@@ -222,7 +222,7 @@ def test_workflow_runs_the_command_of_readme():
 
 
 def test_oldest_torch_is_the_lower_bound():
-    bounds = {r.name: r.specifier for r in map(Requirement, f"{s['requirements']} {s['dev_requirements']}".split())}
+    bounds = {r.name: r.specifier for r in map(Requirement, f"{s['requirements']} {s['lessons_requirements']}".split())}
     for name, version in pins().items():
         bound, = bounds[name]
         assert bound.operator == '>=' and Version(bound.version) == Version(version)
