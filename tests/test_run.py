@@ -23,7 +23,7 @@ def test_saves_clean_outputs_and_records_them(tree):
     assert all(c['metadata'] == {} for c in made)
     picture = (tree / 'nbs/images/fig-line.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
-    if (Path(sys.prefix) / 'etc/ipython').exists(): assert b'atplotlib' not in picture # Else an upgrade changes them all
+    if (Path(sys.prefix) / 'etc/ipython').exists(): assert b'atplotlib' not in picture # As an upgrade would do
     record = json.loads((tree / 'nbs/outputs.json').read_text())
     assert set(record['02_third.ipynb']['cells']) == {c['id'] for c in made if c['cell_type'] == 'code'}
     before = path.read_bytes()
