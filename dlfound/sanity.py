@@ -238,7 +238,7 @@ def _check_classes(given: str, options: Any, pred: Tensor, target: Tensor, owner
         raise TypeError(f'{given}; labels are class numbers: use target.long()')
     labels = target[target != options.get('ignore_index', -100)].unique().tolist()
     if labels and not 0 <= labels[0] <= labels[-1] < pred.shape[dim]: raise ValueError(
-        f'{given} with labels {labels[0]} to {labels[-1]}; renumber, or name ignore_index')
+        f'{given} with labels {labels[0]} to {labels[-1]}; renumber, add outputs or ignore_index')
 def check_target(loss_func: Any, pred: Any, target: Any, owner: Any = None) -> None:
     "ValueError or TypeError for a target with which a known loss cannot be right"
     name, options = known_loss(loss_func)
