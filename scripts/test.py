@@ -56,7 +56,8 @@ def committed(tmp: Path) -> Path:
     tree = tmp / 'head'
     tree.mkdir()
     head = ['git', 'rev-parse', '--verify', '-q', 'HEAD']
-    if shutil.which('git') and subprocess.run(head, cwd=root, capture_output=True).returncode == 0:
+    ours = (root / '.git').exists() and shutil.which('git') # Not a repository in which somebody unpacked this one
+    if ours and subprocess.run(head, cwd=root, capture_output=True).returncode == 0:
         archive = subprocess.run(['git', 'archive', 'HEAD'], cwd=root, capture_output=True, check=True).stdout
         subprocess.run(['tar', '-x', '-C', tree], input=archive, check=True)
     else:
