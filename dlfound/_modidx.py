@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'dlfound.learner._Gather.__init__': ('learner.html#_gather.__init__', 'dlfound/learner.py'),
                                  'dlfound.learner._Gather.after_pred': ('learner.html#_gather.after_pred', 'dlfound/learner.py'),
                                  'dlfound.learner._check_arguments': ('learner.html#_check_arguments', 'dlfound/learner.py'),
+                                 'dlfound.learner._hint': ('learner.html#_hint', 'dlfound/learner.py'),
                                  'dlfound.learner._indexed': ('learner.html#_indexed', 'dlfound/learner.py'),
                                  'dlfound.learner.failing_layer': ('learner.html#failing_layer', 'dlfound/learner.py')},
             'dlfound.loader': { 'dlfound.loader.DataLoader': ('loader.html#dataloader', 'dlfound/loader.py'),

@@ -41,7 +41,7 @@ def _newest(folder: Path) -> tuple[Path, Any]:
     for path in reversed(_found(folder)):
         try: return path, load_packed(path)
         except Damaged as e: warnings.warn(f'left out: {e}', stacklevel=2)
-    raise FileNotFoundError(f'no whole checkpoint is in {folder.name}; had the fit a Checkpoint?')
+    raise FileNotFoundError(f'no whole checkpoint is in {folder.name}; did a Checkpoint write one?')
 
 # %% ../nbs/04f_checkpoint.ipynb #a80681bc
 def _owners(learn: TrainingLoop) -> tuple[Any, ...]: # Of generators, which a fit draws from

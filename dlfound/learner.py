@@ -47,10 +47,16 @@ def _check_arguments(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> Non
         'such as Net()': not isinstance(model, nn.Module),
         'loss_func is called with predictions and targets; make an object: CrossEntropyLoss()':
             isinstance(loss_func, type) or not (loss_func is None or callable(loss_func)),
-        'opt_func makes an optimizer, as torch.optim.Adam; one that is made goes to learn.opt':
+        'opt_func makes an optimizer, as torch.optim.Adam; one that is made goes to learn.opt, '
+        f'a rate to lr, got {opt_func!r:.40}':
             not callable(opt_func) or hasattr(opt_func, 'param_groups')}
     for text, found in wrong.items():
         if found: raise TypeError(text)
+def _hint(layer: Any, e: BaseException, x: Tensor) -> str: # The way out of two mistakes, or ''
+    own = next(layer.parameters(recurse=False), x)
+    if 'same' in str(e) and own.dtype != x.dtype: return f'; use x.to({own.dtype})'
+    flat = isinstance(layer, nn.Linear) and x[:1].numel() == layer.in_features != x.shape[-1]
+    return '; use x.flatten(1)' if flat else ''
 def failing_layer(e: BaseException, model: nn.Module) -> str: # '' if there is none
     "The innermost layer that an error came through, with the shapes of its inputs and weights"
     names, text = {id(m): f'layer {k}' if k else 'the model' for k, m in model.named_modules()}, ''
@@ -58,9 +64,10 @@ def failing_layer(e: BaseException, model: nn.Module) -> str: # '' if there is n
         code, layer = frame.f_code, frame.f_locals.get('self')
         if code.co_name != 'forward' or layer is None or id(layer) not in names: continue
         given = [frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]]
-        got = [tuple(x.shape) for x in given if isinstance(x, Tensor)]
+        given = [x for x in given if isinstance(x, Tensor)]
+        got, way = [tuple(x.shape) for x in given], _hint(layer, e, given[0]) if given else ''
         own = {k: tuple(p.shape) for k, p in layer.named_parameters(recurse=False)}
-        text = f'(in {names[id(layer)]}, a {type(layer).__name__} with {own}, which got {got})'
+        text = f'(in {names[id(layer)]}, a {type(layer).__name__} with {own}, which got {got}{way})'
     return text
 
 # %% ../nbs/04c_learner.ipynb #f42daa67

@@ -218,7 +218,7 @@ class Progress(Callback):
     def place(self, learn: TrainingLoop) -> str:
         "How far the fit is"
         part, of = 'training' if learn.training else 'validation', f' of {self.n}' if self.n else ''
-        epoch = f'epoch {learn.epoch} (of 0 to {learn.n_epochs - 1}), ' if self.fitting else ''
+        epoch = f'epoch {learn.epoch} (the last is {learn.n_epochs - 1}), ' if self.fitting else ''
         return f'{epoch}{part}: batch {learn.iter + 1}{of}'
     def say(self, learn: TrainingLoop, status: str = '', last: bool = False) -> None:
         "Show it all anew"

@@ -77,7 +77,9 @@ class Rows(Sequence[Any]):
 class Dataset(data.Dataset[Any]):
     "Inputs `x` and targets `y`, paired by their first dimension; arrays and lists become tensors"
     def __init__(self, x: Any, y: Any):
-        self.x, self.y = torch.as_tensor(x), torch.as_tensor(y)
+        try: self.x, self.y = torch.as_tensor(x), torch.as_tensor(y)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f'x and y become tensors; number the classes, one shape: {e}') from e
         if self.x.shape[:1] != self.y.shape[:1] or not self.x.ndim:
             raise ValueError(f'x needs a target for each input, got {self.x.shape}, {self.y.shape}')
     def __len__(self) -> int: return len(self.x)

@@ -126,7 +126,8 @@ def main() -> int:
     if record.parent.exists():
         record.write_text(json.dumps({name: digest(p.read_bytes()) for name, p in modules().items()}, indent=1))
     names = [name for name, p in modules().items() if p.read_bytes() != before.get(name) and name != '_modidx.py']
-    if names: print(f'written: {", ".join(names)}. A running kernel has the old code: restart it to import the new')
+    print(f'written: {", ".join(names)}. A running kernel has the old code: restart it to import the new' if names else
+          'dlfound/ holds what the notebooks say already')
     return 0
 
 

@@ -103,6 +103,8 @@ def execute(path: Path, offset: int = 0, start_method: str | None = None) -> tup
 def save(path: Path, nb: dict, seconds: float) -> None:
     "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a plain run"
     clean_nb(nb)
+    for c in nb['cells']: # A stream into which nothing was written is no output
+        if 'outputs' in c: c['outputs'] = [o for o in c['outputs'] if o.get('text') != '']
     write_nb(dict2nb(nb), path)
     record = {k: v for k, v in manifest().items() if (root / 'nbs' / k).exists()}
     old = record.get(key(path), {})
