@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dlfound.callbacks.TerminateOnNaN.look': ('callbacks.html#terminateonnan.look', 'dlfound/callbacks.py'),
                                    'dlfound.callbacks._added': ('callbacks.html#_added', 'dlfound/callbacks.py'),
                                    'dlfound.callbacks._first': ('callbacks.html#_first', 'dlfound/callbacks.py'),
+                                   'dlfound.callbacks._place': ('callbacks.html#_place', 'dlfound/callbacks.py'),
                                    'dlfound.callbacks.check_finite_grads': ('callbacks.html#check_finite_grads', 'dlfound/callbacks.py'),
                                    'dlfound.callbacks.nonfinite_grads': ('callbacks.html#nonfinite_grads', 'dlfound/callbacks.py')},
             'dlfound.checkpoint': { 'dlfound.checkpoint.Checkpoint': ('checkpoint.html#checkpoint', 'dlfound/checkpoint.py'),

@@ -131,12 +131,15 @@ def check_finite_grads(model: nn.Module, batch: Any = None) -> None: # Its numbe
                              'look for a root or a logarithm at 0, or a division by it')
 
 # %% ../nbs/04a_callbacks.ipynb #b3f0f7ef
+def _place(learn: TrainingLoop) -> str:
+    rate = float(learn.opt.param_groups[-1]['lr'])
+    return f'{learn.iter} of epoch {learn.epoch}, at a rate of {rate:.3g}'
 class TerminateOnNaN(Callback):
     "Looks at loss and gradients before each step, on any device; if not finite, they end the fit"
     order, single = -60, True
     def look(self, learn: TrainingLoop, check: Callable[..., None], *args: Any) -> None:
         "Apply a check, and make of its error a warning and the end of the fit"
-        try: check(*args, batch=f'{learn.iter} of epoch {learn.epoch}')
+        try: check(*args, batch=_place(learn))
         except FloatingPointError as e:
             sanity.warn_once(None, 'nan', f'the fit ends: {e}')
             raise CancelFit from None
@@ -189,7 +192,7 @@ class SanityCheck(Callback):
         if not (learn.training and self.now(loss)): return
         value = loss.item()
         if not isfinite(value): sanity.check_finite(
-            loss, learn.model, *learn.inputs(), batch=f'{learn.iter} of epoch {learn.epoch}')
+            loss, learn.model, *learn.inputs(), batch=_place(learn))
         self.recent.append(value)
         mean = sum(self.recent) / 10
         if len(self.recent) == 10: self.begin = self.begin or mean
@@ -203,14 +206,17 @@ class SanityCheck(Callback):
             raise TypeError(f'the loss must be a tensor of a single number, got {loss!r}')
         if not learn.training:
             sanity.check_target(learn.loss_func, learn.pred, learn.target(), learn.model)
-        elif self.fresh: sanity.check_first_loss(learn.loss_func, learn.pred, loss, learn.model)
+        elif sanity.known_loss(learn.loss_func)[0] in ('cross_entropy', 'nll_loss'):
+            self.begin = self.begin or max(loss.item(), 1) # Before a step was taken
+        if learn.training and self.fresh:
+            sanity.check_first_loss(learn.loss_func, learn.pred, loss, learn.model)
         self.fresh = self.fresh and not learn.training
 
     def after_backward(self, learn: TrainingLoop) -> None:
         if self.first: sanity.check_grads(learn.model)
         self.first, self.found = False, nonfinite_grads(learn.params, self.found)
         if self.now(self.found):
-            if self.found: check_finite_grads(learn.module, f'{learn.iter} of epoch {learn.epoch}')
+            if self.found: check_finite_grads(learn.module, _place(learn))
             return
         wrong = (self.found > 0) | ~learn.loss.detach().isfinite()
         if self.bad is None: self.bad = torch.full((), -1, device=self.found.device)

@@ -41,7 +41,8 @@ def _check_arguments(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> Non
     loaders = getattr(dls, 'train', None), getattr(dls, 'valid', None)
     wrong = {
         'the loaders come first, then the model': isinstance(dls, nn.Module),
-        'loaders come as one, DataLoaders(train, valid)': not hasattr(dls, 'train'),
+        'loaders come as one, DataLoaders(train, valid); of data sets DataLoaders.from_datasets':
+            not hasattr(dls, 'train'),
         'a data set is no loader; use DataLoaders.from_datasets': any(map(_indexed, loaders)),
         f'the model is no nn.Module but a {type(model).__name__}; pass an nn.Module object, '
         'such as Net()': not isinstance(model, nn.Module),

@@ -101,7 +101,7 @@ class Callbacks:
     def add(self, cb: Callback) -> None:
         "Take in a callback, to be called from the next fit on"
         if not isinstance(cb, Callback):
-            raise TypeError(f'a callback is an object of a class made from Callback, got {cb!r}')
+            raise TypeError(f'an object made from Callback is needed, as Recorder(), got {cb!r}')
         if self.called: raise RuntimeError(f'{type(cb).__name__} comes late; add it before the fit')
         if (c := self.twin(cb)) is not None:
             raise ValueError(f'there is a {type(c).__name__} already; keep one of the two')

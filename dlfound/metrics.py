@@ -217,9 +217,9 @@ class Progress(Callback):
 
     def place(self, learn: TrainingLoop) -> str:
         "How far the fit is"
-        part, of = 'training' if learn.training else 'validation', f' of {self.n}' if self.n else ''
+        part, of = 'training' if learn.training else 'validation', f'of {self.n} ' * bool(self.n)
         epoch = f'epoch {learn.epoch} (the last is {learn.n_epochs - 1}), ' if self.fitting else ''
-        return f'{epoch}{part}: batch {learn.iter + 1}{of}'
+        return f'{epoch}{part}: {learn.iter + 1} {of}batches'
     def say(self, learn: TrainingLoop, status: str = '', last: bool = False) -> None:
         "Show it all anew"
         draw = learn.cbs[Recorder].plot if self.plot and self.fitting else None

@@ -100,11 +100,21 @@ def execute(path: Path, offset: int = 0, start_method: str | None = None) -> tup
     return nb, seconds, seeds, stood
 
 
+def joined(outputs: list[dict]) -> list[dict]:
+    "As JupyterLab would save them: neighbouring pieces of a stream are one, and an empty stream is none"
+    kept = []
+    for o in outputs:
+        if kept and o.get('name') == kept[-1].get('name') and {o['output_type'], kept[-1]['output_type']} == {'stream'}:
+            kept[-1] = kept[-1] | {'text': ''.join(kept[-1]['text']) + ''.join(o['text'])}
+        elif o.get('text') != '': kept.append(o)
+    return kept
+
+
 def save(path: Path, nb: dict, seconds: float) -> None:
     "Write the cleaned notebook, its labelled figures and its line in the manifest, whose seconds are of a plain run"
     clean_nb(nb)
-    for c in nb['cells']: # A stream into which nothing was written is no output
-        if 'outputs' in c: c['outputs'] = [o for o in c['outputs'] if o.get('text') != '']
+    for c in nb['cells']:
+        if 'outputs' in c: c['outputs'] = joined(c['outputs'])
     write_nb(dict2nb(nb), path)
     record = {k: v for k, v in manifest().items() if (root / 'nbs' / k).exists()}
     old = record.get(key(path), {})

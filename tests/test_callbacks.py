@@ -303,7 +303,7 @@ def test_terminate_on_nan_ends_the_fit_and_names_the_place():
     model, data = net(), poisoned(3)
     wanted = by_hand(data[:3], copy.deepcopy(model), torch.optim.SGD, epochs=1)
     learn = Learner(DataLoaders(data), model, loss_func, lr=.1, cbs=TerminateOnNaN())
-    with pytest.warns(UserWarning, match='batch 3 of epoch 0; it began in the inputs'): learn.fit(2)
+    with pytest.warns(UserWarning, match='batch 3 of epoch 0, at a rate of .*; it began in the inputs'): learn.fit(2)
     assert same(model, wanted)
 
 
@@ -336,6 +336,19 @@ def test_a_loss_that_grows_is_told():
     def fit(lr): Learner(DataLoaders([(x, x)] * 60), nn.Linear(4, 4), nn.MSELoss(), lr=lr, progress=False).fit(1)
     assert sum('has grown from' in t for t in told(lambda: fit(4.4))) == 1
     assert not [t for t in told(lambda: fit(.1)) if 'grown' in t]
+
+
+def test_a_rate_that_ruins_the_first_batches_is_told():
+    "The mean of the first ten is ruined too, so a classifier is compared with its first loss"
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 4, generator=g), torch.randint(3, (64,), generator=g)
+    def fit(lr, opt=torch.optim.SGD):
+        torch.manual_seed(0)
+        Learner(DataLoaders([(x, y)] * 30), nn.Linear(4, 3), nn.CrossEntropyLoss(), opt, lr, progress=False).fit(1)
+    for given in (1e6,), (100, torch.optim.Adam):
+        assert sum('has grown from' in t for t in told(lambda: fit(*given))) == 1, given
+    assert not [t for t in told(lambda: fit(.1)) if 'grown' in t]
+    with pytest.raises(FloatingPointError, match='at a rate of 1e[+]38; it began in'): fit(1e38)
 
 
 def test_a_hidden_state_is_told():

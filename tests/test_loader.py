@@ -305,7 +305,9 @@ def test_open_batches_ends_workers():
 
 # Against PyTorch's loader
 
-kinds = [torch.float32, torch.float16, torch.uint8, torch.bool, torch.complex64, torch.float64, torch.uint16]
+kinds = [torch.float32, torch.float16, torch.uint8, torch.bool, torch.complex64, torch.float64]
+try: kinds += [torch.ones(1, dtype=torch.uint16).index_select(0, torch.tensor([0])).dtype]
+except RuntimeError: pass # PyTorch 2.6 has no index_select for it
 
 
 @settings(deadline=None, max_examples=60)

@@ -111,3 +111,14 @@ def test_what_is_committed_is_checked_not_what_lies_around(tree):
     done = subprocess.run([sys.executable, '-c', code, str(out)], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)['cells']) == 4
+
+
+def test_neighbouring_pieces_of_a_stream_are_one():
+    "As JupyterLab saves them, so that running a lesson there changes nothing; an empty piece is none"
+    from run import joined
+    def piece(name, text): return dict(output_type='stream', name=name, text=text)
+    shown = dict(output_type='display_data', data={}, metadata={})
+    given = [piece('stdout', 'a'), piece('stdout', 'b\n'), piece('stderr', ''), piece('stderr', 'c'), shown,
+             piece('stderr', 'd')]
+    assert joined(given) == [piece('stdout', 'ab\n'), piece('stderr', 'c'), shown, piece('stderr', 'd')]
+    assert joined([]) == [] and joined([shown, shown]) == [shown, shown]
