@@ -100,7 +100,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor: # Of the same shape, type and memory format
         wide, dims = _wide(x), _trailing(self, x)
         if not torch.compiler.is_compiling(): mean, var = _moments(wide, dims)
-        else: var, mean = torch.var_mean(wide, dims, correction=0, keepdim=True) # Faster there
+        else: var, mean = torch.var_mean(wide, dims, correction=0, keepdim=True) # As PyTorch
         _warn_if_alone(self, x, mean)
         return _affine((wide - mean) * (var + self.eps).rsqrt(), self.weight, self.bias, x.dtype)
 
