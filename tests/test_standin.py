@@ -83,7 +83,7 @@ def test_defaults_of_pytorch_change_nothing(tmp_path):
     torch.set_default_dtype(torch.float64)
     torch.set_default_device('meta')
     try: after = make_digits(tmp_path / 'b', 20, 10, 10)
-    finally: torch.set_default_device('cpu'), torch.set_default_dtype(torch.float32)
+    finally: torch.set_default_device(None), torch.set_default_dtype(torch.float32)
     assert all((before / name).read_bytes() == (after / name).read_bytes() for name in mnist_files)
 
 
