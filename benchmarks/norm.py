@@ -5,12 +5,15 @@ measured on what a small and a larger transformer give a norm, compiled against 
 `torch.compile`, and against PyTorch's as they come. As it comes, PyTorch's LayerNorm is a kernel written by hand; a
 scale and a shift alone, compiled, stand beside it as a floor for whatever the compiler makes of a norm. LayerNorm takes
 its statistics by one call of `torch.var_mean` where it is compiled, and by two means otherwise: the other way stands
-beside both. Without a compiler all five norms are
-measured, for information. A norm that does not give PyTorch's numbers is not measured. On a busy machine the rows
-with a goal say little: look at `load_at_start`.
+beside both. Without a compiler all five norms are measured, for information. A norm that does not give PyTorch's
+numbers is not measured. Freed memory stays with the process, where the C library can be asked for that: giving it back
+and having it anew costs more than a small norm. Where its tensors lie in memory makes a tenth of a small norm's time,
+so the compiled norms are measured five times, each with other tensors, and the middle one counts. On a busy machine
+the rows with a goal say little: look at `load_at_start`.
 """
 from common import compare, row, save
 
+import ctypes
 import os
 
 import torch
@@ -39,6 +42,12 @@ class OneCall(nn.LayerNorm):
         return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
 
 
+def keep_memory() -> bool:
+    "Ask glibc to keep what is freed, up to 32 MB a piece and 1 GB in all; False where there is no glibc"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    return bool(mallopt and mallopt(-3, 1 << 25) and mallopt(-1, 1 << 30)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
 def forward(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     def f():
         with torch.no_grad(): return norm(x)
@@ -53,22 +62,25 @@ def both(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     return f
 
 
-def timed(norms: dict[str, nn.Module], shape: tuple, kind, repeat: int) -> dict:
+def timed(norms: dict[str, nn.Module], shape: tuple, kind, repeat: int, rounds: int = 1) -> dict:
     torch.manual_seed(0)
-    x, grad = torch.randn(shape), torch.randn(shape)
-    fs = {name: kind(norm, x, grad) for name, norm in norms.items()}
-    for name, f in fs.items():
-        if name != 'floor': assert_close(f(), fs['PyTorch'](), rtol=1e-3, atol=1e-3)
-    return compare(fs, repeat=repeat, min_time=.1)
+    taken = {name: [] for name in norms}
+    for _ in range(rounds):
+        x, grad = torch.randn(shape), torch.randn(shape)
+        fs = {name: kind(norm, x, grad) for name, norm in norms.items()}
+        for name, f in fs.items():
+            if name != 'floor': assert_close(f(), fs['PyTorch'](), rtol=1e-3, atol=1e-3)
+        for name, t in compare(fs, repeat=repeat, min_time=.03).items(): taken[name].append(t)
+    return {name: sorted(ts, key=lambda t: t.median)[rounds // 2] for name, ts in taken.items()}
 
 
-def compiled(ours: type, theirs: type, others: dict[str, type], name: str, repeat: int = 31) -> list[dict]:
+def compiled(ours: type, theirs: type, others: dict[str, type], name: str) -> list[dict]:
     rows, n = [], tokens[name][-1]
     for what, kind in ('forward', forward), ('forward and backward', both):
         torch._dynamo.reset()
         norms = {'ours': ours(n), 'compiled': theirs(n)} | {k: norm(n) for k, norm in others.items()}
         norms = {k: torch.compile(m, fullgraph=True, dynamic=False) for k, m in norms.items()} | {'PyTorch': theirs(n)}
-        t = timed(norms, tokens[name], kind, repeat)
+        t = timed(norms, tokens[name], kind, 31, rounds=5)
         title = f'{ours.__name__}, {name}, {what}'
         rows += [row(f"{title}: compiled, against PyTorch's compiled", t['ours'], t['compiled'], '<= 1.1'),
                  row(f"{title}: compiled, against PyTorch's as it comes", t['ours'], t['PyTorch'], '<= 1.1')]
@@ -90,6 +102,7 @@ def eager(ours: nn.Module, theirs: nn.Module, shape: tuple) -> list[dict]:
 
 
 if __name__ == '__main__':
+    kept = keep_memory()
     load, results = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, []
     for name in tokens:
         results += compiled(LayerNorm, nn.LayerNorm, {'two means': TwoMeans, 'floor': ScaleShift}, name)
@@ -99,4 +112,4 @@ if __name__ == '__main__':
     for ours, theirs in ((BatchNorm(64), nn.BatchNorm2d(64)), (InstanceNorm(64), nn.InstanceNorm2d(64)),
                          (GroupNorm(8, 64), nn.GroupNorm(8, 64))):
         results += eager(ours, theirs, images)
-    save('norm', results, tokens=tokens, images=images, load_at_start=load)
+    save('norm', results, tokens=tokens, images=images, load_at_start=load, freed_memory_kept=kept)
