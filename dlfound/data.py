@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 from .archive import extract
 from .download import Unreachable, download, wrong_hash
+from .photos import make_photos
 from .standin import make_digits, mnist_files, read_digits, whole_folder
 
 # %% ../nbs/tools/data.ipynb #dc3c29d8
@@ -62,7 +63,8 @@ SOURCES = {s.name: s for s in (
         _one('imagenette2.tgz', _imagenette, md5='fe2fc210e6bb7c5664d602c3cd71e612'),
         _one('imagenette2-96.tgz', sha256='066949c996743e2044555ed74f00d6196e8b0e6e10a4b5f3d2a6ea67a7abf499')),
         'ImageNet terms: non-commercial research and education',
-        'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019'),
+        'Deng et al.: ImageNet, 2009; the ten classes and the split: fast.ai, 2019',
+           standin=make_photos),
     Source('imdb', (
         _one('aclImdb_v1.tar.gz', _imdb, md5='7c2ac02c03563afcf9b574c7e56c153a'),
         _one('imdb-10k.tar.xz', sha256='8f61de6765af4fc2aa80703a4d7b14fe77d453c7f78c426668724641fd65a2cc')),

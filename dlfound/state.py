@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'named_tensors', 'module_state', 'load_module_state', 'attribute_state', 'load_attribute_state',
-           'stateful', 'load_opt_state', 'hyper', 'set_hyper', 'group_values', 'set_group_values', 'hyper_ratios',
-           'modes_kept', 'random_state', 'set_random_state', 'random_kept']
+           'stateful', 'opt_state_in_order', 'opt_values', 'load_opt_state', 'hyper', 'set_hyper', 'group_values',
+           'set_group_values', 'hyper_ratios', 'modes_kept', 'random_state', 'set_random_state', 'random_kept']
 
 # %% ../nbs/tools/state.ipynb #8c5006b3
 import random
@@ -111,13 +111,55 @@ def stateful(owner: Any) -> dict[str, Any]: # By name
             if hasattr(x, 'load_state_dict') and not isinstance(x, type)}
 
 # %% ../nbs/tools/state.ipynb #a323f969
+def opt_state_in_order(opt: Any, state: Mapping[str, Any]) -> dict[str, Any]: # No copies of tensors
+    "A state as if `opt` had made it: by names of parameters if both have them, else by place"
+    own, groups = opt.param_groups, list(state['param_groups'])
+    order = [list(g['params']) for g in groups] # The numbers of parameters in the state
+    if all('param_names' in g for g in (*own, *groups)):
+        found = {frozenset(g['param_names']): g for g in groups}
+        for names in [g['param_names'] for g in own]:
+            if frozenset(names) in found: continue
+            others = sorted({n for g in groups for n in g['param_names']} ^ {*names}) or names
+            raise ValueError(f'no group of the state is of {len(names)} parameters with the names '
+                             f'of ours; look at {", ".join(others[:4])}')
+        groups = [found[frozenset(g['param_names'])] for g in own]
+        named = [dict(zip(g['param_names'], g['params'])) for g in groups]
+        order = [[ids[name] for name in g['param_names']] for g, ids in zip(own, named)]
+    sizes, saved = [len(g['params']) for g in own], [len(ids) for ids in order]
+    if sizes != saved: raise ValueError(f'the groups have {sizes} parameters, and {saved} in the '
+                                        'state; give the optimizer the same groups')
+    place = {i: n for n, i in enumerate(i for ids in order for i in ids)}
+    groups = [{**g, 'params': [place[i] for i in ids]} for g, ids in zip(groups, order)]
+    for g, mine in zip(groups, own):
+        g.pop('param_names', None)
+        if 'param_names' in mine: g['param_names'] = list(mine['param_names'])
+    kept = {place.get(i, i): v for i, v in state['state'].items()}
+    named = {n: f'parameter {n}' for n in place.values()}
+    for g in groups: named.update(zip(g['params'], g.get('param_names', ())))
+    return {**state, 'state': kept, 'param_groups': groups, 'names': named}
+def opt_values(
+    values: Mapping[str, Any], # By name, what a state has of one parameter
+    shapes: Mapping[str, Any], # What an optimizer keeps, with its shape, or `False` for a number
+    name: str, # Of the parameter, in messages
+) -> dict[str, Any]:
+    "Copies, as the optimizer keeps them; ValueError for other names or shapes"
+    if values.keys() != shapes.keys(): raise ValueError(
+        f'the state has {", ".join(values)} of {name}, and the optimizer keeps '
+        f'{", ".join(shapes) or "nothing"}; make the optimizer that the state is of')
+    for k, shape in shapes.items():
+        if shape is not False and values[k].shape != shape: raise ValueError(
+            f'{k} of {name} has shape {tuple(values[k].shape)} in the state, and the parameter has '
+            f'{tuple(shape)}; give parameters in the same order, or with their names')
+    return {k: float(v) if shapes[k] is False else v.clone() for k, v in values.items()}
 def load_opt_state(opt: Any, state: Mapping[str, Any]) -> None:
-    "As `opt.load_state_dict`, but copies, and what it keeps for a parameter keeps its precision"
+    "As `opt.load_state_dict`, but by names, with copies, and each tensor keeps its precision"
+    torchs = isinstance(opt, torch.optim.Optimizer)
+    if torchs: state = opt_state_in_order(opt, state)
     opt.load_state_dict(state := map_tensors(Tensor.clone, state))
-    if not isinstance(opt, torch.optim.Optimizer): return
-    for i, p in enumerate(p for group in opt.param_groups for p in group['params']):
+    for i, p in enumerate(p for g in opt.param_groups * torchs for p in g['params']):
         for k, v in state['state'].get(i, {}).items():
-            if isinstance(v, Tensor): opt.state[p][k] = v.to(opt.state[p][k].device)
+            now = opt.state[p].get(k)
+            if isinstance(v, Tensor) and isinstance(now, Tensor): opt.state[p][k] = v.to(now.device)
 
 # %% ../nbs/tools/state.ipynb #788a3ff9
 def hyper(group: Mapping[str, Any], name: str) -> Any:
