@@ -63,10 +63,10 @@ def _identity(learn: TrainingLoop) -> dict[str, Any]:
     cbs = {k: _settings(cb) for k, cb in learn.cbs.named().items()
            if spare.isdisjoint(c.__name__ for c in type(cb).__mro__)}
     sizes = [len(group['params']) for group in learn.opt.param_groups]
-    return {'the optimizer': type(learn.opt).__name__, 'parameters in its groups': sizes,
+    return {'the optimizer': getattr(learn.opt, 'labels', type(learn.opt).__name__),
             'the loss': getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__),
             'layers': dict(Counter(type(m).__name__ for m in learn.model.modules())),
-            'parts with a state': list(_parts(learn)),
+            'parts with a state': list(_parts(learn)), 'parameters in its groups': sizes,
             'batches in dls.train and dls.valid': [length(dl) for dl in _owners(learn)[:2]],
             'random generators': len(random_state(*_owners(learn))), **cbs}
 
