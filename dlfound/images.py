@@ -25,7 +25,7 @@ from .minibatch import Rows, collate
 from .show import Report, Table
 from .statistics import RunningStats
 
-# %% ../nbs/07a_images.ipynb #8ce29153
+# %% ../nbs/07a_images.ipynb #02bec9de
 def image_extensions() -> list[str]: # Such as '.jpg'
     "The endings of the image files that Pillow can read"
     Image.preinit() # The usual formats first: each file is offered to all in this order
@@ -39,7 +39,7 @@ def _reason(path: str | os.PathLike[str], e: Exception) -> str: # Continues '<pa
         with open(path, 'rb') as f: head = f.read(20)
         return f'is no image Pillow knows: it begins with {head!r}' if head else 'is empty'
     if isinstance(e, Image.DecompressionBombError):
-        return f'is very large: {e}; if it should be, set a higher PIL.Image.MAX_IMAGE_PIXELS'
+        return f'is very large: {e} If it is meant to be, set a higher PIL.Image.MAX_IMAGE_PIXELS'
     if isinstance(e, OSError) and e.errno: return f'is out of reach: {e.strerror}'
     return f'is damaged: {e or type(e).__name__}'
 def _several(image: Any) -> bool: return getattr(image, 'is_animated', False)
@@ -234,7 +234,7 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor: # `(N, C, H, W)`, bytes, 16 bits or floats from 0 to 1
         return (to_float(x) - self.mean) / self.std
 
-# %% ../nbs/07a_images.ipynb #6a33773e
+# %% ../nbs/07a_images.ipynb #7f3a9b4d
 def show_batch(
     batch: Any, # Of a loader: pictures, or `(pictures, labels)`; bytes or floats from 0 to 1
     names: Sequence[str] = (), # Of the classes; or if there are no labels, titles
@@ -250,8 +250,8 @@ def show_batch(
         f'floats of a picture lie between 0 and 1, got {x.min():.2f} to {x.max():.2f}; '
         'show what comes before it is normalised')
     rows, size = -(-len(x) // columns), 8 / columns
-    figure, axes = pyplot.subplots(rows, columns, figsize=(8, 1.2 * size * rows), squeeze=False,
-                                   layout='constrained')
+    figure, axes = pyplot.subplots(rows, columns, figsize=(8, 1.2 * size * rows), dpi=70,
+                                   squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for ax, image, title in zip(axes.flat, x, titles):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
