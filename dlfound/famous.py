@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .optimizer import (AverageGrad, Pair, StatefulOptimizer, SumGrad, adam_direction,
                                adam_stats, l2_reg, momentum_direction, sgd_step)
 from .optimizer import weight_decay as _decoupled # A name that a number has below
+from .state import load_opt_state
 
 # %% ../nbs/08c_famous.ipynb #258fbe9b
 def radam_direction(p: Any, g: Any, beta1: Any, beta2: Any, eps: Any, step: Any, exp_avg: Any,
@@ -76,7 +77,7 @@ def lion(
     betas: tuple[Any, Any] = (.9, .99), weight_decay: float = 0., # Betas of mix and of average
 ) -> StatefulOptimizer:
     "Move each number by the rate, in the direction that an average and the newest gradient say"
-    if not betas[1] > 0: raise ValueError(f'the second beta is above 0, such as .99, got {betas}')
+    if 0 in betas[1:]: raise ValueError(f'the second beta is above 0, such as .99, got {betas}')
     steppers = [_decoupled, AverageGrad('exp_avg', 'beta2'), lion_direction, sgd_step]
     return StatefulOptimizer(params, steppers, lr=lr, betas=betas, weight_decay=weight_decay)
 
@@ -119,12 +120,26 @@ def muon_groups(
 ) -> list[list[tuple[str, Any]]]: # Two lists of pairs of name and parameter
     "The matrices for Muon, and all other parameters; embeddings are among the others"
     kinds = (nn.Embedding, *[s for s in spare if isinstance(s, type)])
+    for s in spare:
+        if not isinstance(s, type) and all(m is not s for m in model.modules()): raise ValueError(
+            f'{s!r:.60} is no layer of this model; give layers, as model[-1], or classes of them')
     others = {p for m in model.modules() for p in m.parameters()
               if p.ndim != 2 or isinstance(m, kinds) or any(m is s for s in spare)}
     return [[(k, p) for k, p in model.named_parameters() if (p in others) == out] for out in (0, 1)]
+
+# %% ../nbs/08c_famous.ipynb #ae716a67
 class Together:
     "Several optimizers that work as one, in a Learner or outside"
-    def __init__(self, *opts: Any): self.opts = opts
+    def __init__(self, *opts: Any): # Each parameter belongs to one of them
+        wrong = [type(o).__name__ for o in opts if not hasattr(o, 'param_groups')]
+        if wrong or not opts: raise TypeError(
+            f'give optimizers, as in Together(a, b), got {wrong or "none"}')
+        self.opts = opts
+        self.labels = [' → '.join(getattr(o, 'labels', [type(o).__name__])) for o in opts]
+        held = [p for group in self.param_groups for p in group['params']]
+        if twice := len(held) - len({*held}): raise ValueError(
+            f'{twice} parameters are in two optimizers; give each to one, as by muon_groups')
+    def __repr__(self) -> str: return '\n'.join(['Together:', *map(repr, self.opts)])
     @property
     def param_groups(self) -> list[dict[str, Any]]: # The dicts of the members, no copies
         "The groups of all"
@@ -146,4 +161,6 @@ class Together:
         if len(states) != len(self.opts): raise ValueError(
             f'the state is of {len(states)} optimizers together, and here are {len(self.opts)}')
         for opts in deepcopy(self.opts), self.opts: # If it does not fit, copies find that out
-            for opt, state in zip(opts, states): opt.load_state_dict(state)
+            for opt, state in zip(opts, states):
+                if isinstance(opt, StatefulOptimizer): opt.load_state_dict(state)
+                else: load_opt_state(opt, state) # By names, which ours does itself

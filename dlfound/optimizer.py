@@ -104,8 +104,9 @@ def _check_hypers(group: Mapping[str, Any], known: Iterable[str]) -> None:
         f'no stepper asks for {", ".join(wrong)}; they ask for {", ".join(known)}')
     for k in known:
         top, v = 1 if k in ('momentum', 'alpha', 'betas') else torch.inf, group.get(k, 0)
-        if not all(0 <= x < top for x in (v if isinstance(v, (tuple, list)) else [v])):
-            raise ValueError(f'{k} is at least 0 and below {top}, got {v}')
+        for x in v if isinstance(v, (tuple, list)) else [v]:
+            if not hasattr(x, '__float__') or not 0 <= float(x) < top: raise ValueError(
+                f'{k} is at least 0 and below {top}, got {v!r}')
 def _check_steppers(steppers: Sequence[Stepper], hypers: Mapping[str, Any]) -> list[str]: # Labels
     "ValueError if a stepper asks for what is not there, or none for a hyper"
     given, asked = hyper_values(hypers), [name for f in steppers for name in _needs(f)]
@@ -114,7 +115,9 @@ def _check_steppers(steppers: Sequence[Stepper], hypers: Mapping[str, Any]) -> l
         if lacking := [k for k in _needs(f) if k not in known]: raise ValueError(
             f'{label} asks for {", ".join(lacking)}, and before it there are only '
             f'{", ".join(known)}; put the statistic before it, or give the hyper')
-        if isinstance(f, Stat): known.append(f.name)
+        if isinstance(f, Stat):
+            if f.name in known: raise ValueError(f'{label} is not the first {f.name}; rename it')
+            known.append(f.name)
     if spare := [k for k in given if k not in asked]: raise ValueError(
         f'no stepper asks for {", ".join(spare)}; they ask for {", ".join(dict.fromkeys(asked))}')
     return labels
@@ -129,9 +132,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         fixed: Mapping[str, Any] = {}, # Of PyTorch's hypers those that this list has settled
         **hypers: Any, # What the steppers ask for: floats or 0-d tensors; `betas` is a pair
     ):
-        self.labels = _check_steppers(steppers, hypers) # The steppers by name
-        _check_hypers(hypers, hypers)
         self.steppers, self.fixed, self.hypers, self._count = [*steppers], dict(fixed), [*hypers], 0
+        _check_hypers(hypers, hypers)
+        self.labels = _check_steppers(self.steppers, hypers) # The steppers by name
         super().__init__(params, hypers)
     def __getstate__(self) -> dict[str, Any]: # What a deep copy takes along
         own = 'steppers', 'labels', 'fixed', 'hypers', '_count'
@@ -150,29 +153,32 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any: # What the closure gives
         "A step of each parameter that is trained and has a gradient"
         with torch.enable_grad(): loss = None if closure is None else closure()
+        work = [([p for p in g['params'] if p.grad is not None and p.requires_grad],
+                 hyper_values(g)) for g in self.param_groups]
+        for p in [p for params, _ in work for p in params]: # Before the first one moves
+            if p.grad.layout != torch.strided or p.is_complex(): raise TypeError(
+                f'a gradient of {tuple(p.shape)} is {p.grad.layout} and {p.dtype}; it must be '
+                'dense and real: say sparse=False to its layer, or use torch.view_as_real')
         self._count += 1
         looked = self._count > 8 and self._count & (self._count - 1) == 0 # At 16, 32, 64, …
-        before: list[tuple[Tensor, Tensor, Tensor]] = []
-        for group in self.param_groups:
-            hypers = hyper_values(group)
-            watched = looked and hypers.get('lr') != 0
-            for p in group['params']:
-                if p.grad is None or not p.requires_grad: continue
-                if p.grad.layout != torch.strided or p.is_complex(): raise TypeError(
-                    f'a gradient of {tuple(p.shape)} is {p.grad.layout} and {p.dtype}; it must be '
-                    'dense and real: say sparse=False to its layer, or use torch.view_as_real')
-                if watched and p.dtype.itemsize < 4: before.append((p, p.grad != 0, p.clone()))
-                own = self.state.get(p, {})
-                new, fresh = run_steppers(self.steppers, p, p.grad, own, hypers)
-                for k, v in fresh.items():
-                    if isinstance(own.get(k), Tensor): own[k].copy_(v)
-                    else: self.state[p][k] = v.clone() if isinstance(v, Tensor) else v
-                p.copy_(new)
-        if before:
-            still = torch.cat([(p == was)[moved] for p, moved, was in before]).float().mean()
-            if still > .5: warn_once(self, 'still', f'step {self._count} did not move {still:.0%} '
-                f'of {before[0][0].dtype} numbers with gradients; use float32 and autocast')
+        before = [(p, p.clone()) for params, hypers in work for p in params
+                  if looked and p.dtype.itemsize < 4 and hypers.get('lr') != 0]
+        for params, hypers in work: self.update(params, hypers)
+        still = sum(int(((p == was) & (p.grad != 0)).sum()) for p, was in before)
+        if still > (of := sum(int((p.grad != 0).sum()) for p, _ in before)) / 2: warn_once(
+            self, 'still', f'step {self._count} did not move {still / of:.0%} of '
+            f'{before[0][0].dtype} numbers with gradients; use float32 and autocast')
         return loss
+    def update(self, params: Sequence[Any], hypers: Mapping[str, Any]) -> None: # Of one group
+        "Move parameters that have gradients: the part of a step that can be done in other ways"
+        for p in params:
+            own = self.state.get(p, {})
+            new, fresh = run_steppers(self.steppers, p, p.grad, own, hypers)
+            if new.shape != p.shape: raise ValueError(f'steppers made {new.shape} of {p.shape}')
+            for k, v in fresh.items():
+                if isinstance(own.get(k), Tensor): own[k].copy_(v)
+                else: self.state[p][k] = v.clone() if isinstance(v, Tensor) else v
+            p.copy_(new)
     def state_dict(self) -> dict[str, Any]: # In PyTorch's form, so that its optimizers can load it
         "Statistics by number of the parameter, groups, and the names of the steppers"
         kept, held = self.state, [p for group in self.param_groups for p in group['params']]
@@ -192,57 +198,54 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for n, p in zip(theirs['params'], own['params']):
                 shapes, name = {f.name: f.per_element and p.shape for f in stats}, saved['names'][n]
                 if old := saved['state'].get(n): values[n] = opt_values(old, shapes, name)
-            had = {k: theirs.get(k, self.fixed.get(k, '?')) for k in (*self.hypers, *self.fixed)}
-            if '?' in had.values() or had != had | self.fixed: raise ValueError(
-                f'the state is of an optimizer with {had}, and this one has {self.fixed}')
+            wrong = [k for k in self.hypers if k not in theirs]
+            wrong += [k for k, v in self.fixed.items() if theirs.get(k, v) != v]
+            if wrong: raise ValueError('; '.join(f'{k} is {theirs.get(k, "missing")} in the state '
+                f'and {({**own, **self.fixed})[k]} here' for k in wrong))
         super().load_state_dict({'state': values, 'param_groups': groups})
 
 # %% ../nbs/08_optimizer.ipynb #3fa9af0f
-_Params = Iterable[Any]
 _H = float | Tensor
-_decoupled = weight_decay # Where that is the name of a number
-def sgd(params: _Params, lr: _H = 1e-3, weight_decay: _H = 0.) -> StatefulOptimizer:
+_decoupled = weight_decay # In functions where that name is a number's
+def sgd(params: Iterable[Any], lr: _H = 1e-3, *, weight_decay: _H = 0.) -> StatefulOptimizer:
     "Stochastic gradient descent, without momentum"
     fixed = dict(momentum=0, dampening=0, nesterov=False, maximize=False)
     return StatefulOptimizer(params, [l2_reg, sgd_step], fixed, lr=lr, weight_decay=weight_decay)
-def momentum(params: _Params, lr: _H = 1e-3, momentum: _H = .9, dampening: _H = 0.,
+def momentum(params: Iterable[Any], lr: _H = 1e-3, momentum: _H = .9, dampening: _H = 0.,
              weight_decay: _H = 0.) -> StatefulOptimizer:
     "SGD along a sum of gradients"
     sums = SumGrad('momentum_buffer', 'momentum', 'dampening')
     return StatefulOptimizer(
         params, [l2_reg, sums, momentum_direction, sgd_step], dict(nesterov=False, maximize=False),
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-def nesterov(params: _Params, lr: _H = 1e-3, momentum: _H = .9, weight_decay: _H = 0.
+def nesterov(params: Iterable[Any], lr: _H = 1e-3, momentum: _H = .9, *, weight_decay: _H = 0.
              ) -> StatefulOptimizer:
     "SGD along a sum of gradients that is one step ahead"
     sums, fixed = SumGrad('momentum_buffer', 'momentum'), dict(dampening=0, nesterov=True)
     return StatefulOptimizer(
         params, [l2_reg, sums, nesterov_direction, sgd_step], fixed | {'maximize': False},
         lr=lr, momentum=momentum, weight_decay=weight_decay)
-def rmsprop(params: _Params, lr: _H = 1e-2, alpha: _H = .99, eps: _H = 1e-8,
+def rmsprop(params: Iterable[Any], lr: _H = 1e-2, alpha: _H = .99, eps: _H = 1e-8,
             weight_decay: _H = 0.) -> StatefulOptimizer:
     "SGD along the gradient over its root mean square"
     stats = AverageSqrGrad('square_avg', 'alpha'), StepCount('step')
-    return StatefulOptimizer(
-        params, [l2_reg, *stats, rms_direction, sgd_step],
-        dict(momentum=0, centered=False, maximize=False),
-        lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
+    fixed = dict(momentum=0, centered=False, maximize=False)
+    return StatefulOptimizer(params, [l2_reg, *stats, rms_direction, sgd_step], fixed,
+                             lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
 adam_stats = (AverageGrad('exp_avg', 'beta1'), AverageSqrGrad('exp_avg_sq', 'beta2'),
               StepCount('step')) # What Adam and its kin keep
-def adam(params: _Params, lr: _H = 1e-3, betas: tuple[_H, _H] = (.9, .999), eps: _H = 1e-8,
+def adam(params: Iterable[Any], lr: _H = 1e-3, betas: tuple[_H, _H] = (.9, .999), eps: _H = 1e-8,
          weight_decay: _H = 0.) -> StatefulOptimizer:
     "SGD along Adam's direction; the decay is L2, and Adam scales it as it scales gradients"
-    return StatefulOptimizer(
-        params, [l2_reg, *adam_stats, adam_direction, sgd_step],
-        dict(amsgrad=False, maximize=False, decoupled_weight_decay=False),
-        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-def adamw(params: _Params, lr: _H = 1e-3, betas: tuple[_H, _H] = (.9, .999), eps: _H = 1e-8,
+    fixed = dict(amsgrad=False, maximize=False, decoupled_weight_decay=False)
+    return StatefulOptimizer(params, [l2_reg, *adam_stats, adam_direction, sgd_step], fixed,
+                             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+def adamw(params: Iterable[Any], lr: _H = 1e-3, betas: tuple[_H, _H] = (.9, .999), eps: _H = 1e-8,
           weight_decay: _H = .01) -> StatefulOptimizer:
     "Adam, with a decay that is not scaled (Loshchilov and Hutter 2017)"
-    return StatefulOptimizer(
-        params, [_decoupled, *adam_stats, adam_direction, sgd_step],
-        dict(amsgrad=False, maximize=False, decoupled_weight_decay=True),
-        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    fixed = dict(amsgrad=False, maximize=False, decoupled_weight_decay=True)
+    return StatefulOptimizer(params, [_decoupled, *adam_stats, adam_direction, sgd_step], fixed,
+                             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 # %% ../nbs/08_optimizer.ipynb #be3f58e1
 _norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, norm.BatchNorm,
@@ -250,11 +253,11 @@ _norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm
 def decay_groups(
     model: nn.Module, # Frozen parameters are in the groups too, tied ones once
     wd: float, # Weight decay of all but biases and norms
-    spare: tuple[type[nn.Module], ...] = (), # More layers to spare, such as `nn.Embedding`
+    spare: type[nn.Module] | tuple[type[nn.Module], ...] = (), # More layers, as `nn.Embedding`
 ) -> list[dict[str, Any]]: # For any optimizer, with names
     "Parameters in two groups: those that weight decay shrinks, and those that it does not"
     spared = {p for m in model.modules() for k, p in m._parameters.items()
-              if isinstance(m, (*_norms, *spare)) or 'bias' in k}
+              if isinstance(m, (_norms, spare)) or 'bias' in k}
     split = [[x for x in model.named_parameters() if (x[1] in spared) == out] for out in (0, 1)]
     return [dict(params=params, name=name, weight_decay=rate) for params, name, rate
             in zip(split, ('decay', 'no decay'), (wd, 0.)) if params]

@@ -113,6 +113,9 @@ def stateful(owner: Any) -> dict[str, Any]: # By name
 # %% ../nbs/tools/state.ipynb #a323f969
 def opt_state_in_order(opt: Any, state: Mapping[str, Any]) -> dict[str, Any]: # No copies of tensors
     "A state as if `opt` had made it: by names of parameters if both have them, else by place"
+    if not {'state', 'param_groups'} <= {*state}: raise ValueError(
+        f'the state has {[*state][:4]}, and that of an optimizer has state and param_groups; give '
+        'what state_dict() of such an optimizer gave')
     own, groups = opt.param_groups, list(state['param_groups'])
     order = [list(g['params']) for g in groups] # The numbers of parameters in the state
     if all('param_names' in g for g in (*own, *groups)):

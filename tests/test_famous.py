@@ -15,6 +15,7 @@ from dlfound.famous import Together, lamb, lars, lion, muon, muon_groups, orthog
 from dlfound.learner import Callback, GradientClip, Recorder
 from dlfound.optimizer import adamw
 from dlfound.schedule import ParamScheduler, one_cycle
+from dlfound.state import load_opt_state
 from fits import Stop, learner, same, state
 
 plain = radam, lars, lamb, lion
@@ -214,6 +215,56 @@ def test_together_refuses_and_keeps():
     assert str(before) == str(opt.state_dict())
 
 
+def test_together_takes_optimizers_without_parameters_in_common():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    a, b = adamw(model[0].parameters()), torch.optim.SGD(model[1].parameters(), lr=.1)
+    for wrong, told in (((), 'got none'), (([a, b],), "got \\['list'\\]"), ((a, model), "got \\['Sequential'\\]")):
+        with pytest.raises(TypeError, match=told): Together(*wrong)
+    with pytest.raises(ValueError, match='2 parameters are in two'): Together(a, b, lion(model[0].parameters()))
+    both = Together(a, b)
+    assert both.labels == [' → '.join(a.labels), 'SGD']
+    assert repr(both).startswith('Together:\nStatefulOptimizer: ') and 'lr: 0.1' in repr(both)
+    assert Together(both, radam([nn.Parameter(torch.ones(1))])).labels[0].endswith('SGD')
+
+
+def test_together_loads_members_of_pytorch_by_names():
+    def made(names):
+        ps = {name: nn.Parameter(torch.zeros(2)) for name in (*names, 'c')}
+        pairs = list(ps.items())
+        return ps, Together(torch.optim.SGD(pairs[:2], lr=.1, momentum=.9), lion(pairs[2:]))
+    (ps, opt), (qs, other) = made('ab'), made('ba')
+    for i, p in enumerate(ps.values()): p.grad = torch.full((2,), i + 1.)
+    opt.step()
+    other.load_state_dict(saved := opt.state_dict())
+    for k in 'ab': assert torch.equal(other.opts[0].state[qs[k]]['momentum_buffer'], ps[k].grad)
+    opt.step()
+    assert other.opts[0].state[qs['a']]['momentum_buffer'][0] == 1 # A copy
+    assert saved['together'][0]['param_groups'][0]['param_names'] == ['a', 'b']
+
+
+@pytest.mark.parametrize('load', [load_opt_state, lambda opt, state: opt.load_state_dict(state)])
+def test_a_state_of_together_is_for_no_other(load):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    state = both(model).state_dict()
+    with pytest.raises(ValueError, match='together|Together'): load(adamw(model.parameters()), state)
+    with pytest.raises(ValueError, match="\\['steppers', 'together'\\], and that of an optimizer has"):
+        load_opt_state(torch.optim.SGD(model.parameters()), state)
+    of_one = lamb(model.parameters()).state_dict()
+    with pytest.raises(ValueError, match='state is of 0 optimizers'): load(both(model), of_one)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_checkpoint_of_other_members_is_refused(tmp_path):
+    def made(adam):
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        hidden, others = muon_groups(model, model[-1])
+        return learner(lambda ps, lr: Together(muon(hidden), adam(others)), model=model)
+    with pytest.raises(RuntimeError, match='stop'):
+        made(adamw).fit(2, cbs=(cbs := [Checkpoint(tmp_path, unit='batch'), Stop(1, 2)]))
+    with pytest.raises(ValueError, match='the optimizer: .*lion_direction.* in the interrupted fit'):
+        resume(made(lion), tmp_path, cbs[:1])
+
+
 def test_together_at_work():
     "Groups stay those of the members, also after loading; deep copies; one call of the closure"
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -318,6 +369,15 @@ def test_muon_groups():
     assert [k for k, _ in muon_groups(nested, nested[0])[0]] == ['1.weight']
 
 
+@pytest.mark.parametrize('spare', ['1', [0], None], ids=str)
+def test_muon_groups_of_what_is_no_layer(spare):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for wrong in (spare, model[1].weight, nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match='is no layer of this model; give layers'): muon_groups(model, wrong)
+
+
 def test_lion_refuses_to_forget():
+    for wrong in ((.9,), ()):
+        with pytest.raises(ValueError, match='beta'): lion([nn.Parameter(torch.ones(1))], betas=wrong)
     with pytest.raises(ValueError, match='second beta'): lion([nn.Parameter(torch.ones(1))], betas=(.9, 0.))
     with pytest.raises(ValueError): lion([nn.Parameter(torch.ones(1))], betas=(.9, 1.))

@@ -1,4 +1,5 @@
 "Our optimizers do what PyTorch's do, whatever the parameters, the hypers and what happens to them on the way."
+import inspect
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -281,10 +282,69 @@ def test_a_checkpoint_goes_on_to_the_bit(make, tmp_path):
 
 # What is refused
 
+@each
+@pytest.mark.parametrize('bad', ['sparse', 'complex'])
+def test_a_gradient_that_is_refused_is_seen_before_anything_moves(make, bad):
+    p = nn.Parameter(torch.ones(2))
+    q = nn.Parameter(torch.ones(2, dtype=torch.complex64 if bad == 'complex' else torch.float32))
+    opt = make([dict(params=[p]), dict(params=[q])], lr=.1)
+    p.grad, q.grad = torch.ones(2), torch.ones_like(q) if bad == 'complex' else torch.ones(2).to_sparse()
+    for _ in range(2):
+        with pytest.raises(TypeError, match='dense and real'): opt.step()
+    assert p.tolist() == [1, 1] and not opt.state[p]
+    q.grad = None
+    other = make([r := nn.Parameter(torch.ones(2))], lr=.1)
+    r.grad = torch.ones(2)
+    opt.step(), other.step()
+    assert p.equal(r)
+
+
+def test_steppers_may_come_from_a_generator():
+    p = nn.Parameter(torch.ones(1))
+    opt = StatefulOptimizer([p], (f for f in [sgd_step]), lr=.5)
+    p.grad = torch.ones(1)
+    opt.step()
+    assert p.item() == .5 and opt.labels == ['sgd_step']
+
+
+def test_a_statistic_has_a_name_of_its_own():
+    ps = parameters([[1]])
+    twice = [SumGrad('a', 'momentum'), AverageGrad('a', 'momentum'), lambda p, g, a: (p, a), sgd_step]
+    with pytest.raises(ValueError, match=r'AverageGrad\(a\) .* rename'):
+        StatefulOptimizer(ps, twice, lr=.1, momentum=.9)
+    with pytest.raises(ValueError, match='rename'): StatefulOptimizer(ps, [Stat('lr'), sgd_step], lr=.1)
+
+
+def test_another_shape_is_not_spread_over_the_parameter():
+    p = nn.Parameter(torch.ones(3))
+    opt = StatefulOptimizer([p], [lambda p, g, lr: (p.sum() - lr * g.sum(), g)], lr=.1)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match='steppers made'): opt.step()
+    assert p.tolist() == [1, 1, 1]
+
+
+def test_what_another_option_is_called_is_said_and_no_more():
+    ps = parameters([[2]])
+    steps(opt := optim.AdamW(ps, lr=.3), ps, 1)
+    with pytest.raises(ValueError) as e: adam(ps).load_state_dict(opt.state_dict())
+    assert str(e.value) == 'decoupled_weight_decay is True in the state and False here'
+
+
+@pytest.mark.parametrize('ours, theirs', [(adam, optim.Adam), (adamw, optim.AdamW), (rmsprop, optim.RMSprop),
+                                          (sgd, optim.SGD), (momentum, optim.SGD), (nesterov, optim.SGD)])
+def test_arguments_are_those_of_torch(ours, theirs):
+    "What is given by place means the same, and defaults are the same, but for the momentum"
+    own, torchs = (inspect.signature(f).parameters for f in (ours, theirs))
+    placed = [k for k, v in own.items() if v.kind == v.POSITIONAL_OR_KEYWORD]
+    assert placed == list(torchs)[:len(placed)] and own.keys() <= torchs.keys()
+    assert all(own[k].default == torchs[k].default for k in own if (ours, k) not in ((momentum, 'momentum'),
+                                                                                     (nesterov, 'momentum')))
+
+
 @pytest.mark.parametrize('wrong, said', [
     (dict(lr=-.1), 'lr is at least 0'), (dict(lr=float('nan')), 'nan'), (dict(lr=float('inf')), 'inf'),
     (dict(eps=-1.), 'eps'), (dict(betas=(1., .9)), 'below 1'), (dict(betas=(.9, -.1)), 'betas'),
-    (dict(weight_decay=-1.), 'weight_decay')])
+    (dict(weight_decay=-1.), 'weight_decay'), (dict(lr='.1'), "lr .* got '.1'"), (dict(eps=None), 'eps .* None')])
 def test_ranges(wrong, said):
     with pytest.raises(ValueError, match=said): adam(parameters([[1]]), **wrong)
     with pytest.raises(ValueError, match=said): adam([dict(params=parameters([[1]]), **wrong)])
@@ -456,7 +516,7 @@ def test_tied_and_frozen_parameters_are_there_once():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     model[1].weight = model[0].weight
     model[1].bias.requires_grad_(False)
-    for spare, where in ((), 'decay'), ((nn.Embedding,), 'no decay'), ((nn.Linear,), 'no decay'):
+    for spare, where in ((), 'decay'), ((nn.Embedding,), 'no decay'), (nn.Linear, 'no decay'):
         groups = {g['name']: [k for k, _ in g['params']] for g in decay_groups(model, .1, spare)}
         assert '0.weight' in groups[where] and sum(groups.values(), []).count('0.weight') == 1
         assert '1.bias' in groups['no decay']

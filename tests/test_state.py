@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from dlfound.state import (attribute_state, group_values, hyper, hyper_ratios, load_attribute_state, load_module_state,
-                           load_opt_state, map_tensors, module_state, modes_kept, random_kept, random_state,
-                           set_group_values, set_hyper, set_random_state)
+                           load_opt_state, map_tensors, module_state, modes_kept, opt_state_in_order, random_kept,
+                           random_state, set_group_values, set_hyper, set_random_state)
 
 Pair = namedtuple('Pair', 'x y')
 
@@ -307,6 +307,14 @@ def test_counts_stay_where_torch_puts_them():
                  param_groups=opt.state_dict()['param_groups'])
     load_opt_state(opt, state)
     assert {k: v.device.type for k, v in opt.state[p].items()} == dict(step='cpu', exp_avg='meta', exp_avg_sq='meta')
+
+
+@pytest.mark.parametrize('state', [dict(steppers=['Together'], together=[]), nn.Linear(2, 1).state_dict(), {},
+                                   dict(state={}), dict(param_groups=[])], ids=str)
+def test_what_is_not_the_state_of_an_optimizer(state):
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+    for f in load_opt_state, opt_state_in_order:
+        with pytest.raises(ValueError, match='that of an optimizer has state and param_groups'): f(opt, state)
 
 
 def test_any_optimizer_gets_a_copy():
