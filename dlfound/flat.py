@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 from .optimizer import Stat, StatefulOptimizer, run_steppers
 from .sanity import warn_once
 
-# %% ../nbs/08a_flat.ipynb #95b52604
+# %% ../nbs/08a_flat.ipynb #ffe0e8be
 def _both(name: str) -> Any: # The methods of an operator, with the operand left and right
     return (lambda self, x: self.apply(name, self, x)), (lambda self, x: self.apply(name, x, self))
 class Operand:
     "Stands where a tensor would; what its operators and methods do is up to `apply`"
-    def __init__(self, value: Any, apply: Callable[..., Any]): # Of name and operands or numbers
+    def __init__(self, value: Any, apply: Callable[..., Any]): # Of a name, operands and numbers
         self.value, self.apply = value, apply
     __add__, __radd__ = _both('add')
     __sub__, __rsub__ = _both('sub')
@@ -37,18 +37,14 @@ class Operand:
         of = getattr(Tensor, name)
         return partial(self.apply, name, self) if callable(of) else self.apply(name, self)
 
-# %% ../nbs/08a_flat.ipynb #193bc99d
+# %% ../nbs/08a_flat.ipynb #1d691687
 _plain = dict(add=operator.add, sub=operator.sub, mul=operator.mul, truediv=operator.truediv,
               neg=operator.neg, eq=operator.eq, sqrt=torch.sqrt, sign=torch.sign, abs=torch.abs,
               norm=torch.linalg.vector_norm) # What a flat pass can do
 class Tape:
     "Writes down what is done with operands, and apart from it the numbers they meet"
     def __init__(self):
-        self.lines: list[tuple[Any, ...]] = []
-        self.numbers: list[float] = []
-    def operand(self, name: str) -> Operand:
-        "A tensor of that name"
-        return Operand(name, self.write)
+        self.lines, self.numbers = list[tuple[Any, ...]](), list[float]()
     def write(self, name: str, *args: Any) -> Operand:
         "One operation; TypeError for one that has no flat form"
         if name not in _plain or len(args) > 1 + (name in dir(operator)):
@@ -58,7 +54,7 @@ class Tape:
             line.append(a.value if isinstance(a, Operand) else len(self.numbers))
             if not isinstance(a, Operand): self.numbers.append(float(a))
         self.lines.append(tuple(line))
-        return self.operand(f'x{len(self.lines)}')
+        return Operand(f'x{len(self.lines)}', self.write)
 
 # %% ../nbs/08a_flat.ipynb #8b565875
 def flat_graph(
@@ -80,11 +76,12 @@ def flat_graph(
     graph.output(())
     return fx.GraphModule({}, graph)
 
-# %% ../nbs/08a_flat.ipynb #75d349b2
+# %% ../nbs/08a_flat.ipynb #f2c88edf
 _slots, _small = 5, 2**15 # Tensors in a call; numbers of a tensor from which it has a slot alone
+def _wide(dtype: torch.dtype) -> torch.dtype: return torch.promote_types(dtype, torch.float32)
 @lru_cache(64)
 def compiled(
-    lines: tuple[tuple[Any, ...], ...], names: tuple[str, ...], outputs: tuple[tuple[str, str], ...],
+    lines: tuple[Any, ...], names: tuple[str, ...], outputs: tuple[Any, ...], # Of `flat_graph`
     n: int, # How many numbers the lines have
     dtype: torch.dtype, device: torch.device, # Of the tensors; numbers are float32 at least
 ) -> Callable[..., None]: # Works on `_slots` sets of vectors; raises what the compiler raises
@@ -92,50 +89,45 @@ def compiled(
     run = torch.compile(flat_graph(lines, names, outputs, _slots).forward, dynamic=True)
     trial = [torch.zeros(_small + 64 * i, dtype=dtype, device=device)
              for i in range(_slots) for _ in names]
-    with torch.no_grad(): run(*trial, _vector([1.] * n, trial[0]))
+    with torch.no_grad(): run(*trial, torch.ones(n, dtype=_wide(dtype), device=device))
     return run
-def _vector(numbers: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.promote_types(like.dtype, torch.float32),
-                        device=like.device)
 
-# %% ../nbs/08a_flat.ipynb #9808c866
-_foreach = dict(add=torch._foreach_add, sub=torch._foreach_sub, mul=torch._foreach_mul,
-                truediv=torch._foreach_div, sqrt=torch._foreach_sqrt, sign=torch._foreach_sign,
-                norm=torch._foreach_norm)
+# %% ../nbs/08a_flat.ipynb #669928e0
+_copy, _foreach = getattr(torch, '_foreach_copy_'), {
+    name: getattr(torch, f'_foreach_{name.removeprefix("true")}')
+    for name in ('add', 'sub', 'mul', 'truediv', 'sqrt', 'sign', 'norm')}
 def on_lists(name: str, *args: Any, **kwargs: Any) -> Any: # Operands of lists, and numbers
     "An operation on tensors in lists: by PyTorch's function for lists, or one by one"
     lists = [a.value for a in args if isinstance(a, Operand)]
     if name in ('shape', 'ndim'):
         if len(found := {getattr(t, name) for t in lists[0]}) == 1: return found.pop()
-        raise TypeError(f'a stepper asks for one {name}, and there are {len(found)}')
+        raise TypeError(f'a stepper asks for one {name}, and the list has {len(found)}')
     if name in ('add', 'mul') and not isinstance(args[0], Operand): args = args[::-1]
     if name in _foreach and isinstance(args[0], Operand) and not kwargs:
-        values = [a.value if isinstance(a, Operand) else a for a in args]
-        return Operand(_foreach[name](*values), on_lists)
+        return Operand(_foreach[name](*[getattr(a, 'value', a) for a in args]), on_lists)
     rows = zip(*(a.value if isinstance(a, Operand) else [a] * len(lists[0]) for a in args))
     f = getattr(operator, name, None) or getattr(Tensor, name)
-    results = [f(*row, **kwargs) if callable(f) else getattr(*row, name) for row in rows]
+    results = [f(*row, **kwargs) if callable(f) else getattr(row[0], name) for row in rows]
     return Operand(results, on_lists)
 
-# %% ../nbs/08a_flat.ipynb #782b78ac
-def _in_order(t: Tensor, like: Tensor) -> Tensor: # Shares memory, unless it lay otherwise
-    "The numbers of a tensor as a vector, in the order in which those of `like` lie in memory"
+# %% ../nbs/08a_flat.ipynb #81b28730
+def _in_order(t: Any, like: Tensor) -> Tensor: # As a vector, in the order of `like` in memory
     if t.stride() != like.stride(): t = torch.empty_like(like).copy_(t)
-    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (t.numel(),)) # type: ignore
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (t.numel(),)) # Shares it
 def _apart(p: Tensor) -> bool: # Large, and without gaps in memory
-    span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
-    return p.numel() >= _small and p.numel() == span
+    return _small <= p.numel() == 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
 class Bundle:
     "Parameters of one dtype, device and step, with their states, ready for compiled steps"
     def __init__(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]):
         self.params, self.states = params, states # Small tensors of these become pieces of a buffer
         self.names = names = [k for k, v in states[0].items() if isinstance(v, Tensor)]
+        if any(s[k].shape != p.shape for k in names for p, s in zip(params, states)):
+            raise TypeError('a statistic has another shape than its parameter')
         self.large, self.small = [[p for p in params if _apart(p) == big] for big in (True, False)]
         sizes, first = [p.numel() for p in self.small], params[0]
         sizes.append(64 - sum(sizes) % 64) # So that no buffer has the length 0 or 1
         self.buffers = [first.new_zeros(sum(sizes)) for _ in ('p', 'g', *names)]
-        self.pieces = [[v.view(p.shape) for v, p in zip(b.split(sizes), self.small)]
-                       for b in self.buffers]
+        self.pieces = [[*map(Tensor.view_as, b.split(sizes), self.small)] for b in self.buffers]
         self.rows, pieces = list[list[Tensor]](), [iter(ps) for ps in self.pieces[2:]]
         for p, state in zip(params, states):
             for k, piece in zip(names, pieces):
@@ -152,18 +144,16 @@ class Bundle:
                 and all(s.get(k) is t for s, k, t in self.held))
     def step(self, run: Callable[..., None], numbers: Tensor, pooled: bool = True) -> None:
         "A step of all; without small ones if they are not `pooled`"
-        grads = [p.grad for p in self.large if p.grad is not None]
-        rows = [[p, _in_order(g, q), *s] for q, g, (p, *s) in zip(self.large, grads, self.rows)]
+        rows = [[p, _in_order(q.grad, q), *s] for q, (p, *s) in zip(self.large, self.rows)]
         if pooled := pooled and bool(self.small):
-            both = self.small + [p.grad for p in self.small]
-            torch._foreach_copy_(self.pieces[0] + self.pieces[1], both)
+            _copy(self.pieces[0] + self.pieces[1], self.small + [p.grad for p in self.small])
             rows.append(self.buffers)
         rows += self.spare[:-len(rows) % _slots]
         for i in range(0, len(rows), _slots): run(*sum(rows[i:i + _slots], []), numbers)
-        if pooled: torch._foreach_copy_(self.small, self.pieces[0])
+        if pooled: _copy(self.small, self.pieces[0])
         torch.autograd.graph.increment_version(self.large) # Autograd is to know of the change
 
-# %% ../nbs/08a_flat.ipynb #a1c0d473
+# %% ../nbs/08a_flat.ipynb #1ec63b25
 class FlatOptimizer(StatefulOptimizer):
     "Runs steppers as one compiled pass: `flat` makes it"
     def __init__(self, opt: StatefulOptimizer, after: int = 16): # Groups of `opt`; steps by lists
@@ -171,8 +161,7 @@ class FlatOptimizer(StatefulOptimizer):
             f'flat is for optimizers of steppers, such as adamw, got {type(opt).__name__}; '
             'in Together, make the members flat')
         self.after, self.reason, self.form, self.split = after, '', 'lists', 'kinds'
-        self._bundles: dict[tuple[int, ...], list[Bundle]] = {}
-        self._homes: tuple[set[int], list[tuple[Any, str, int]]] = set(), []
+        self._bundles, self._homes = dict[Any, list[Bundle]](), (set[int](), list[Any]())
         groups = [g | dict(params=[*zip(g.get('param_names', []), g['params'])] or g['params'])
                   for g in opt.param_groups]
         for g in groups: g.pop('param_names', None)
@@ -191,8 +180,8 @@ class FlatOptimizer(StatefulOptimizer):
         "One compiled pass, or over lists; RuntimeError if a module holds a parameter no longer"
         hypers = {k: float(v) for k, v in hypers.items()}
         self._check_homes()
-        stats = sum(isinstance(f, Stat) for f in self.steppers)
-        early = self._count <= self.after or any(len(self.state[p]) < stats for p in params)
+        stats = {f.name for f in self.steppers if isinstance(f, Stat)}
+        early = self._count <= self.after or any(stats - self.state[p].keys() for p in params)
         if not (early or self.reason):
             try: work = [(b, *self._record(b, hypers)) for b in self._bundled(params)]
             except Exception as e: # Nothing was touched; a fault of a stepper comes again below
@@ -221,8 +210,8 @@ class FlatOptimizer(StatefulOptimizer):
                 if isinstance(v, Tensor) and (v.dtype, v.device) != (p.dtype, p.device):
                     state[k] = v.to(p.device, p.dtype) # The model was moved
             values = [k if isinstance(v, Tensor) else v for k, v in state.items()]
-            shape = p.shape if self.split == 'shapes' else None
-            kinds.setdefault((p.dtype, p.device, *values, shape), []).append(p)
+            key = p.dtype, p.device, *values, p.shape if self.split == 'shapes' else None
+            kinds.setdefault(key, []).append(p)
         return kinds.values()
     def _bundled(self, params: Sequence[Tensor]) -> list[Bundle]:
         key = tuple(map(id, params))
@@ -233,36 +222,36 @@ class FlatOptimizer(StatefulOptimizer):
         return self._bundles[key]
     def _record(self, bundle: Bundle, hypers: Mapping[str, float]) -> tuple[Any, ...]:
         tape, first, names = Tape(), bundle.params[0], ('p', 'g', *bundle.names)
-        held = {k: tape.operand(k) if k in names else v for k, v in bundle.states[0].items()}
-        new, fresh = run_steppers(self.steppers, tape.operand('p'), tape.operand('g'), held, hypers)
+        p, g, *held = (Operand(k, tape.write) for k in names)
+        held = bundle.states[0] | dict(zip(bundle.names, held))
+        new, fresh = run_steppers(self.steppers, p, g, held, hypers)
         results = [(k, v) for k, v in [('p', new), *fresh.items()] if isinstance(v, Operand)]
         run = compiled(tuple(tape.lines), names, tuple((k, v.value) for k, v in results),
                        len(tape.numbers), first.dtype, first.device)
+        numbers = torch.tensor(tape.numbers, dtype=_wide(first.dtype), device=first.device)
         fresh = {k: v for k, v in fresh.items() if not isinstance(v, Operand)}
-        pooled = all(name != 'norm' for name, *_ in tape.lines) # A norm of each cannot be
-        return run, _vector(tape.numbers, first), fresh, pooled
+        return run, numbers, fresh, all(name != 'norm' for name, *_ in tape.lines)
     def _lists(self, params: Sequence[Tensor], hypers: Mapping[str, float]) -> None:
         for kind in self._kinds(params):
             alone = [p for p in kind if self.split == 'one by one' or p.numel() >= _small]
             super().update(alone, hypers)
             ps = [p for p in kind if all(p is not q for q in alone)]
-            try: self._over(ps, hypers)
+            try: self._over(ps, hypers) if ps else None
             except (TypeError, AttributeError): # Nothing was touched
                 self.split = 'shapes' if self.split == 'kinds' else 'one by one'
                 self._lists(ps, hypers)
     def _over(self, params: list[Tensor], hypers: Mapping[str, float]) -> None:
-        if not params: return
         states = [self.state[p] for p in params]
         held = {k: Operand([s[k] for s in states], on_lists) if isinstance(v, Tensor) else v
                 for k, v in states[0].items()}
         p, g = (Operand(ts, on_lists) for ts in (params, [p.grad for p in params]))
         new, fresh = run_steppers(self.steppers, p, g, held, hypers)
         for k, v in fresh.items():
-            if isinstance(held.get(k), Operand): torch._foreach_copy_(held[k].value, v.value)
+            if isinstance(held.get(k), Operand): _copy(held[k].value, v.value)
             else:
                 for i, s in enumerate(states):
                     s[k] = v.value[i].clone() if isinstance(v, Operand) else v
-        torch._foreach_copy_(params, new.value)
+        _copy(params, new.value)
 def flat(
     opt_func: Callable[..., StatefulOptimizer], # `adamw`, `partial(lamb, betas=(.9, .98))`, …
     after: int = 16, # Steps over lists, before it compiles

@@ -99,7 +99,6 @@ def hyper_values(group: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../nbs/08_optimizer.ipynb #4a3e6d14
 _extras = 'params', 'param_names', 'name', 'initial_lr', 'made_lr' # May be in a group besides
 def _check_hypers(group: Mapping[str, Any], known: Iterable[str]) -> None:
-    "ValueError for an unknown name in a group, and for a value out of range"
     if wrong := [k for k in group if k not in (*known, *_extras)]: raise ValueError(
         f'no stepper asks for {", ".join(wrong)}; they ask for {", ".join(known)}')
     for k in known:
@@ -108,7 +107,6 @@ def _check_hypers(group: Mapping[str, Any], known: Iterable[str]) -> None:
             if not hasattr(x, '__float__') or not 0 <= float(x) < top: raise ValueError(
                 f'{k} is at least 0 and below {top}, got {v!r}')
 def _check_steppers(steppers: Sequence[Stepper], hypers: Mapping[str, Any]) -> list[str]: # Labels
-    "ValueError if a stepper asks for what is not there, or none for a hyper"
     given, asked = hyper_values(hypers), [name for f in steppers for name in _needs(f)]
     known, labels = list(given), [getattr(f, '__name__', repr(f)) for f in steppers]
     for f, label in zip(steppers, labels):
@@ -159,10 +157,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if p.grad.layout != torch.strided or p.is_complex(): raise TypeError(
                 f'a gradient of {tuple(p.shape)} is {p.grad.layout} and {p.dtype}; it must be '
                 'dense and real: say sparse=False to its layer, or use torch.view_as_real')
-        self._count += 1
-        looked = self._count > 8 and self._count & (self._count - 1) == 0 # At 16, 32, 64, …
-        before = [(p, p.clone()) for params, hypers in work for p in params
-                  if looked and p.dtype.itemsize < 4 and hypers.get('lr') != 0]
+        self._count = n = self._count + 1
+        before = [(p, p.clone()) for params, hypers in work for p in params # At 16, 32, 64, …
+                  if n > 8 and n & (n - 1) == 0 and p.dtype.itemsize < 4 and hypers.get('lr') != 0]
         for params, hypers in work: self.update(params, hypers)
         still = sum(int(((p == was) & (p.grad != 0)).sum()) for p, was in before)
         if still > (of := sum(int((p.grad != 0).sum()) for p, _ in before)) / 2: warn_once(

@@ -1,5 +1,6 @@
 "Image files: what the lesson has no room for: every orientation, mode and fault, in this process and in a worker."
 import os
+import struct
 import warnings
 
 import matplotlib
@@ -73,6 +74,44 @@ def test_half_transparent(tmp_path, mode, background, value):
     assert abs(got[0] - 100) <= 2 and abs(got[1] - (.2 * 100 + .8 * value)) <= 2
 
 
+def exif(*entries):
+    "The bytes of a note with entries `(tag, kind, count, value)`, which may be wrong"
+    body = b''.join(struct.pack('<HHI4s', *entry) for entry in entries)
+    return b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(entries)) + body + bytes(4)
+
+
+@pytest.mark.parametrize('wrong', [(282, 2, 4, b'abc'), (273, 2, 4, b'abc'), (40965, 2, 4, b'abc'), (258, 2, 4, b'abc'),
+                                   (34665, 4, 1, b'\xff\xff\1'), (282, 5, 1, b'\4'), (270, 2, 40000, b'\xff\xff')])
+def test_a_damaged_note_neither_stops_nor_keeps_the_turn(tmp_path, wrong):
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(scene, 1))).resize((60, 40), 0)
+    entries = sorted([(274, 3, 1, b'\6'), wrong])
+    stored.save(path := tmp_path / 'x.jpg', exif=exif(*entries), quality=100, subsampling=0)
+    image = open_image(path)
+    assert image.size == (40, 60)
+    assert np.array_equal(np.asarray(image), np.rot90(np.asarray(Image.open(path)), -1))
+    report = check_images([path])
+    assert report.good == report.kinds['turned by EXIF'] == [path]
+    image.save(again := tmp_path / 'again.png') # Not turned a second time
+    assert open_image(again).size == (40, 60)
+
+
+def test_nonsense_for_a_note(tmp_path):
+    Image.new('RGB', (4, 6)).save(path := tmp_path / 'x.jpg', exif=b'Exif\0\0nonsense')
+    assert open_image(path).size == (4, 6)
+    for number in 0, 9:
+        Image.new('RGB', (4, 6)).save(path, exif=exif((274, 3, 1, bytes([number]))))
+        assert open_image(path).size == (4, 6)
+
+
+def test_mistakes_of_the_caller_are_no_image_error(tmp_path):
+    Image.new('RGB', (4, 4)).save(path := tmp_path / 'a b ü.png')
+    for options in dict(mode='rgb'), dict(at_least=-1):
+        with pytest.raises(ValueError, match="mode is 'RGB'") as e: open_image(path, **options)
+        assert e.type is ValueError
+    with pytest.raises(TypeError): open_image(path, at_least='x')
+    assert open_image(str(path)).size == (4, 4)
+
+
 def test_a_transparent_colour_of_rgb(tmp_path):
     Image.new('RGB', (2, 2), (1, 2, 3)).save(path := tmp_path / 'x.png', transparency=(1, 2, 3))
     assert set(open_image(path).tobytes()) == {255}
@@ -130,6 +169,23 @@ def test_report_goes_on(tmp_path):
     assert '0 of 0' in repr(check_images([]))
 
 
+@pytest.mark.parametrize('mode', ['I', 'F', 'LAB'])
+def test_good_is_what_opens_in_the_mode_asked_for(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(path := tmp_path / 'x.tif')
+    report = check_images([path])
+    assert not report.good and [*report.kinds] == [f'cannot become RGB from {mode}']
+    with pytest.raises(ImageError, match=f'x.tif cannot become RGB from {mode}: use mode=None'): open_image(path)
+    assert check_images([path], mode=None).good == [path] and open_image(path, None).mode == mode
+
+
+def test_16_bits_a_colour_and_no_ending(tmp_path):
+    Image.new('RGB', (4, 4)).save(tmp_path / 'x.png')
+    (tmp_path / 'x.png').rename(bare := tmp_path / 'x')
+    assert not check_images([bare]).kinds
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(path := tmp_path / 'grey.png')
+    assert [*check_images([path]).kinds] == ['mode I;16']
+
+
 def test_large_is_found(tmp_path, monkeypatch):
     Image.new('1', (90, 90)).save(path := tmp_path / 'x.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 5000)
@@ -157,6 +213,27 @@ def test_sizes_and_types(height, width, mode):
     assert x.dtype == {'1': torch.bool, 'I;16': torch.uint16}.get(mode, torch.uint8)
     x[0, 0, 0] = 1 # Writable
     assert 0 <= to_float(x).min() and to_float(x).max() <= 1
+
+
+@pytest.mark.parametrize('size', [0, (4, 0), (1, 2, 3), -1, ()])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match='number of pixels, or .height, width.'): ResizeFixed(size)
+
+
+def test_what_is_a_tensor_already(tmp_path):
+    Image.new('RGB', (8, 10)).save(path := tmp_path / 'x.png')
+    def step(image): return torch.zeros(3, 10, 8)
+    with pytest.raises(TypeError, match='but a Tensor; leave out the step'): ImageList([path], [step])[0]
+    with pytest.raises(TypeError, match='but a ndarray'): to_tensor(np.zeros((3, 4)))
+
+
+def test_a_crop_counts_in_pixels_of_the_file(tmp_path):
+    big = Image.new('RGB', (2000, 1500))
+    big.paste('red', (0, 0, 100, 100))
+    big.save(path := tmp_path / 'x.jpg')
+    def crop(image): return image.crop((0, 0, 100, 100))
+    (x,), (whole,) = ImageList([path], [crop, ResizeFixed(32)])[0], ImageList([path], [ResizeFixed(32)])[0]
+    assert x[0].float().mean() > 240 and x.shape == whole.shape == (3, 32, 32)
 
 
 @pytest.fixture
@@ -239,6 +316,36 @@ def test_normalize_is_saved():
     other.load_state_dict(layer.state_dict())
     x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(other(x), layer(x)) and not [*layer.parameters()]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_normalize_in_a_network_of_another_type(dtype):
+    net = torch.nn.Sequential(Normalize([.1, .2, .3], [1, 2, 3]), torch.nn.Flatten(), torch.nn.Linear(12, 2)).to(dtype)
+    assert net(torch.zeros(2, 3, 2, 2, dtype=torch.uint8)).dtype == dtype
+
+
+def test_normalize_takes_its_channels_only():
+    x = torch.rand(2, 1, 4, 4)
+    with pytest.raises(ValueError, match='of 3 channels cannot normalise .2, 1, 4, 4.'): Normalize([0] * 3, [1] * 3)(x)
+    assert torch.equal(Normalize([0], [1])(x.expand(2, 3, 4, 4)), x.expand(2, 3, 4, 4))
+    assert torch.equal(Normalize([0], [1])(x[0]), x[0])
+
+
+@pytest.mark.parametrize('batch', [
+    [torch.zeros(2, 3, 4, 4), torch.tensor([1, 0])], (torch.zeros(2, 3, 4, 4, requires_grad=True), [1, 0]),
+    [torch.zeros(2, 3, 4, 4, dtype=torch.uint8), (1, 0)]])
+def test_batches_of_other_loaders(batch):
+    matplotlib.use('agg')
+    assert [ax.get_title() for ax in show_batch(batch, 'ab', columns=2).axes] == ['b', 'a']
+
+
+def test_batches_without_labels_or_with_masks(folder):
+    matplotlib.use('agg')
+    batch, = DataLoader(ImageList(folder[:2]), 2)
+    assert [ax.get_title() for ax in show_batch(batch, 'ab', columns=2).axes] == ['a', 'b']
+    masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4)
+    assert [ax.get_title() for ax in show_batch(masks, 'ab', columns=2).axes] == ['', '']
+    with pytest.raises(ValueError, match='before they are normalised'): show_batch(torch.full((1, 3, 4, 4), torch.nan))
 
 
 @pytest.mark.parametrize('batch, names, titles', [
