@@ -180,16 +180,15 @@ class FlatOptimizer(StatefulOptimizer):
         "One compiled pass, or over lists; RuntimeError if a module holds a parameter no longer"
         hypers = {k: float(v) for k, v in hypers.items()}
         self._check_homes()
-        stats = {f.name for f in self.steppers if isinstance(f, Stat)}
-        early = self._count <= self.after or any(stats - self.state[p].keys() for p in params)
-        if not (early or self.reason):
+        work = []
+        if self._count > self.after and not self.reason:
             try: work = [(b, *self._record(b, hypers)) for b in self._bundled(params)]
             except Exception as e: # Nothing was touched; a fault of a stepper comes again below
                 self.reason = f'{type(e).__name__}: {str(e).strip().splitlines()[0][:100]}'
                 warn_once(self, 'form', f'no compiled steps ({self.reason}); lists do the work')
-        self.form = 'lists' if early or self.reason else 'compiled'
-        if self.form == 'lists': return self._lists(params, hypers)
-        for bundle, run, numbers, fresh, pooled in work: # type: ignore
+        self.form = 'compiled' if work else 'lists'
+        if not work: return self._lists(params, hypers)
+        for bundle, run, numbers, fresh, pooled in work:
             if bundle.small and not pooled: self._lists(bundle.small, hypers)
             bundle.step(run, numbers, pooled)
             for state in bundle.states: state.update(fresh)
@@ -217,6 +216,8 @@ class FlatOptimizer(StatefulOptimizer):
         key = tuple(map(id, params))
         if not (old := self._bundles.get(key)) or not all(b.intact(self.state) for b in old):
             if len(self._bundles) > 16: self._bundles.clear() # Ever other parameters have gradients
+            stats = {f.name for f in self.steppers if isinstance(f, Stat)}
+            if any(stats - self.state[p].keys() for p in params): return [] # They have yet to begin
             self._bundles[key] = [Bundle(ps, [self.state[p] for p in ps])
                                   for ps in self._kinds(params)]
         return self._bundles[key]
