@@ -1,4 +1,4 @@
-"""The flat form of lesson 08a beside PyTorch's fused AdamW and timm's LAMB: ResNet-18's parameters, float32, one thread.
+"""The flat form of lesson 08a beside PyTorch's fused AdamW and timm's LAMB: ResNet-18's parameters, one thread.
 
 Run it as `python benchmarks/optimizer.py`; it takes about two minutes, and needs a C++ compiler, torchvision and timm.
 Learning rate and betas move at every step, as one cycle of 200 steps moves them, and gradients are new tensors at
@@ -12,6 +12,7 @@ from common import row, save
 
 import os
 import sys
+from functools import partial
 from statistics import median
 from subprocess import run
 from tempfile import TemporaryDirectory
@@ -68,7 +69,8 @@ def first_steps(name: str) -> list[float]:
     "The same in new processes: with an empty cache, then with what the first one left there"
     with TemporaryDirectory() as folder:
         env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=folder)
-        done = [run([sys.executable, __file__, name], env=env, capture_output=True, text=True, check=True) for _ in '12']
+        call = partial(run, [sys.executable, __file__, name], env=env, capture_output=True, text=True, check=True)
+        done = [call() for _ in range(2)]
     return [float(d.stdout.split()[-1]) for d in done]
 
 
@@ -76,7 +78,8 @@ if __name__ == '__main__':
     if len(sys.argv) > 1: print(first_step(sys.argv[1])); sys.exit()
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
     waits = {name: first_steps(name) for name in ('adamw', 'lamb')}
-    runs = dict(fused=Run(fused, fused=True), adamw=Run(flat(adamw, after)), lamb=Run(flat(lamb, after)), timm=Run(Lamb))
+    runs = dict(fused=Run(fused, fused=True), adamw=Run(flat(adamw, after)), lamb=Run(flat(lamb, after)),
+                timm=Run(Lamb))
     with torch._dynamo.config.patch(error_on_recompile=True): take_turns([*runs.values()], steps)
     formulas, reasons = compiled.cache_info().misses, [runs[k].opt.reason for k in ('adamw', 'lamb')]
     if reasons != ['', '']: raise SystemExit(f'not compiled: {reasons}')
