@@ -6,7 +6,7 @@
 __all__ = ['Say', 'compose', 'describe', 'collate_items', 'ItemList', 'CategoryProcessor', 'each', 'MultiCategoryProcessor',
            'FloatProcessor', 'files_from_csv', 'label_from_csv', 'split_by_csv', 'BlockLoaders', 'DataBlock']
 
-# %% ../nbs/07_datablock.ipynb #24b99268
+# %% ../nbs/07_datablock.ipynb #8db637f3
 import os
 import unicodedata
 from collections import Counter
@@ -16,36 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import Split, check_split, find_leaks, read_table, split_by_func
+from .files import Row, Split, check_split, find_leaks, read_table, split_by_func
 from .loader import DataLoader, DataLoaders
 from .minibatch import collate
 from .sanity import warn_once
 
-# %% ../nbs/07_datablock.ipynb #0d8b19c7
+# %% ../nbs/07_datablock.ipynb #13c51ccf
 Say = Callable[[str, Any], None] # Is told the name of a step and its result
 def _quiet(name: str, x: Any) -> None: pass
+def _listed(fs: Any) -> list[Any]: return [fs] if callable(fs) else [*fs]
 def compose(x: Any, fs: Iterable[Callable[[Any], Any]], say: Say = _quiet) -> Any:
     "`x` put through functions one after the other, in the order of their attribute `order`, if any"
     for f in sorted(fs, key=lambda f: getattr(f, 'order', 0)):
         x = f(x)
         say(getattr(f, '__name__', type(f).__name__), x)
     return x
+
+# %% ../nbs/07_datablock.ipynb #43030538
 def describe(x: Any) -> str: # In a line
     "What something is: its shape, type and range, or its size and mode, or how many items it has"
     if type(x) is tuple: return ' and '.join(map(describe, x))
     if isinstance(x, list): return f'{len(x):,} items, the first: {describe(x[0])}' if x else '[]'
     if hasattr(x, 'shape') and hasattr(x, 'dtype'):
         text = f'{type(x).__name__} {tuple(x.shape)} {x.dtype}'
-        if 0 in x.shape or text.split()[-1].removeprefix('torch.')[0] not in 'biuf': return text
-        return text + f', {x.min().item():.4g} to {x.max().item():.4g}'
-    if hasattr(x, 'mode') and hasattr(x, 'size'): return f'picture {x.size} {x.mode}'
-    return str(x) if isinstance(x, os.PathLike) else f'{x!r:.80}'
+        try: return text + f', {x.min().item():.4g} to {x.max().item():.4g}'
+        except (RuntimeError, TypeError, ValueError, IndexError): return text # No numbers to order
+    if isinstance(getattr(x, 'mode', None), str): return f'picture {x.size} {x.mode}'
+    return str(x) if isinstance(x, (os.PathLike, Row)) else f'{x!r:.80}'
 def _tell(name: str, x: Any) -> None: print(f'{name}: {describe(x)}')
 
-# %% ../nbs/07_datablock.ipynb #6e152e31
+# %% ../nbs/07_datablock.ipynb #4543ab68
 class _Samples(list[Any]): items: Sequence[Any] = () # What the samples were made of
 def collate_items(samples: Sequence[Any]) -> Any:
     "A batch, by `collate`; an error names an item that differs from most others"
@@ -60,10 +62,13 @@ class ItemList(Dataset[Any]):
     "Items with their targets; a sample is made when it is asked for, and its errors name the item"
     def __init__(
         self, items: Sequence[Any], # Paths, rows, …
-        steps: Iterable[Callable[[Any], Any]] = (), # From an item to an input; see `compose`
+        steps: Any = (), # Functions from an item to an input, or a single one; see `compose`
         targets: Sequence[Any] | None = None, # One for each item; `None`: there are none
         late: Callable[[Any], Any] | None = None, # Makes a target when asked, as of a mask's path
-    ): self.items, self.steps, self.targets, self.late = items, steps, targets, late
+    ):
+        self.items, self.targets, self.late, self.steps = items, targets, late, _listed(steps)
+        if targets is not None and len(targets) != len(items): raise ValueError(
+            f'each item has one target, got {len(targets)} for {len(items)} items')
     def __len__(self) -> int: return len(self.items)
     def __repr__(self) -> str: return f'ItemList of {describe([*self.items])}'
     def __getitem__(self, i: int, say: Say = _quiet) -> tuple[Any, ...]:
@@ -80,14 +85,12 @@ class ItemList(Dataset[Any]):
         samples.items = [self.items[i] for i in positions]
         return samples
 
-# %% ../nbs/07_datablock.ipynb #197ff911
-def _label(x: Any) -> Any:
-    "A label, of PyTorch or NumPy as a plain one; ValueError for none"
+# %% ../nbs/07_datablock.ipynb #70e80a80
+def _label(x: Any) -> Any: # Of PyTorch or NumPy as a plain one; ValueError for none
     if getattr(x, 'shape', None) == (): x = x.item()
     if x is not None and not (isinstance(x, float) and x != x or str(x).strip() == ''): return x
     raise ValueError(f'{x!r} is no label; give it one, or leave the item out')
-def _vocab(labels: Iterable[Any]) -> list[Any]:
-    "Different labels, sorted; ValueError for what are hardly classes"
+def _vocab(labels: Iterable[Any]) -> list[Any]: # Sorted; ValueError for what are hardly classes
     try: found, alike = dict.fromkeys(labels), dict[Any, Any]()
     except TypeError as e: raise ValueError(f'{e}; use target=MultiCategoryProcessor()') from e
     if len(kinds := {type(x).__name__ for x in found}) > 1:
@@ -103,17 +106,19 @@ def _vocab(labels: Iterable[Any]) -> list[Any]:
         if (first := alike.setdefault(key, x)) != x: raise ValueError(
             f'{first!r} and {x!r} are nearly the same label; make them one, or say vocab=[…]')
     return sorted(found, key=(lambda x: (int(x), x)) if digits else None)
+
+# %% ../nbs/07_datablock.ipynb #41378d2d
 class CategoryProcessor:
     "Numbers the labels of the training set from 0 on, those that are numbers in their order"
     def __init__(self, vocab: Sequence[Any] | None = None): # In this order; `None`: sorted
-        self.given, self.vocab = vocab, list[Any]()
+        self.given, self.vocab = None if vocab is None else [*vocab], list[Any]()
     def fit(self, labels: Sequence[Any]) -> None: # Of the training set
-        self.vocab = _vocab(labels) if self.given is None else [*self.given]
-        if lost := sorted({*self.vocab} - {*labels}):
-            raise ValueError(f'no training item has the labels {lost}; leave them out of vocab')
+        self.vocab = _vocab(labels) if self.given is None else self.given
+        self.numbers, self.c_out = {x: i for i, x in enumerate(self.vocab)}, len(self.vocab)
+        if wrong := sorted(Counter(self.vocab) - Counter({*labels}), key=str): raise ValueError(
+            f'no training item has the labels {wrong}, or vocab has them twice; leave them out')
         if len(self.vocab) < 2: raise ValueError(
             f'labels are all {self.vocab}, so there is nothing to tell apart; look at label=')
-        self.numbers, self.c_out = {x: i for i, x in enumerate(self.vocab)}, len(self.vocab)
     def __call__(self, label: Any) -> int:
         if label in self.numbers: return self.numbers[label]
         raise ValueError(f'no training item has the label {label!r}; there are {self.vocab!r:.200}')
@@ -131,7 +136,7 @@ def each(f: Callable[[Any], Any], values: Iterable[Any], items: Any, step: str) 
     if len(told) > 5: told[5:] = [f'and {len(told) - 5} other mistakes']
     raise ValueError('\n  '.join([f'in the step {step}:', *told]))
 
-# %% ../nbs/07_datablock.ipynb #42bc7752
+# %% ../nbs/07_datablock.ipynb #0de3fad9
 class MultiCategoryProcessor:
     "Rows of zeros and ones for lists of labels, numbered as by `CategoryProcessor`"
     def __init__(self, vocab: Sequence[Any] | None = None): # In this order; `None`: sorted
@@ -141,17 +146,17 @@ class MultiCategoryProcessor:
         if bad: raise ValueError(f'several labels are a list, got {bad[0]!r}; use label.split()')
         self.one.fit([_label(x) for tags in labels for x in tags])
         self.vocab, self.c_out = self.one.vocab, self.one.c_out
-    def __call__(self, label: Any) -> Tensor: # `(c_out,)`, float32
+    def __call__(self, label: Any) -> torch.Tensor: # `(c_out,)`, float32
         row = torch.zeros(self.c_out)
         row[[self.one(_label(x)) for x in label]] = 1
         return row
     def __repr__(self) -> str: return f'any of {self.one}'
 class FloatProcessor:
     "One number or several become a tensor; ValueError for what is none"
+    c_out = 0 # Before the first label is seen, any number of them will do
     def fit(self, labels: Sequence[Any]) -> None: # Of the training set
-        self.c_out = 0
-        self.c_out = len(self(labels[0]))
-    def __call__(self, label: Any) -> Tensor: # `(c_out,)`, float32
+        self.c_out = len(FloatProcessor()(labels[0]))
+    def __call__(self, label: Any) -> torch.Tensor: # `(c_out,)`, float32
         several = isinstance(label, (tuple, list)) or getattr(label, 'shape', ())
         x = torch.tensor([float(n) for n in (label if several else (label,))]) # type: ignore
         if not x.isfinite().all(): raise ValueError(f'{label!r} is not finite; leave the item out')
@@ -159,10 +164,11 @@ class FloatProcessor:
         raise ValueError(f'{label!r} has {len(x)} numbers, the first label has {self.c_out}')
     def __repr__(self) -> str: return f'{self.c_out} numbers'
 
-# %% ../nbs/07_datablock.ipynb #60ad4a53
+# %% ../nbs/07_datablock.ipynb #a1dfce74
 def _lookup(table: Any, file: str, column: str, root: Any) -> dict[str, Any]:
     "By absolute path of the files in a table: what a column says; ValueError for those not there"
-    base = Path(table).expanduser().parent if root is None else Path(root).expanduser()
+    beside = root is None and isinstance(table, (str, os.PathLike))
+    base = Path(table).expanduser().parent if beside else Path(root or '.').expanduser()
     found, twice, lost = dict[str, Any](), list[str](), list[str]()
     for row in read_table(table, [file, column]):
         path = os.path.abspath(base / str(row[file]))
@@ -173,10 +179,10 @@ def _lookup(table: Any, file: str, column: str, root: Any) -> dict[str, Any]:
         if names: raise ValueError(f'{len(names)} files are {what}, the first is {names[0]}')
     return found
 def files_from_csv(table: Any, file: str = 'path', root: Any = None) -> list[Path]:
-    "The files that a table lists, in its order; relative to `root`, or the folder of the table"
+    "Those that a table lists, in its order; below `root`, which is None: the folder of the table"
     return [Path(p) for p in _lookup(table, file, file, root)]
 def label_from_csv(
-    table: Any, label: str = 'label', # A CSV or data frame, and its column
+    table: Any, label: str = 'label', # What `read_table` takes, or has read, and its column
     sep: str | None = None, # What parts several labels; `None`: there is one
     file: str = 'path', root: Any = None, # As for `files_from_csv`
 ) -> Callable[[Any], Any]: # Of a file: its label
@@ -196,7 +202,7 @@ def split_by_csv(
     words: Any = {'true': True, '1': True, 'false': False, '0': False}
     return split_by_func(items, lambda item: words.get(str(said(item)).lower(), said(item)))
 
-# %% ../nbs/07_datablock.ipynb #cc222b9e
+# %% ../nbs/07_datablock.ipynb #061bca28
 class BlockLoaders(DataLoaders):
     "Loaders that know what goes into a model, what comes out, and what a number stands for"
     c_in: int | None = None # Size of the first dimension of an input: the channels of a picture
@@ -212,11 +218,11 @@ class DataBlock:
         self, get: Callable[[Any], Sequence[Any]], # Of a source: its items
         split: Callable[[Sequence[Any]], Any], # Of the items: positions to train, and to validate
         label: Callable[[Any], Any], # Of an item: what is to be predicted
-        steps: Iterable[Callable[[Any], Any]] = (), # From an item to an input; see `compose`
+        steps: Any = (), # Functions from an item to an input, or a single one; see `compose`
         target: Any = None, # Labels to numbers: a processor, or a function; `None`: categories
         look_for_copies: bool = True, # Compare the contents of files across the split?
     ):
-        self.get, self.split, self.label, self.steps = get, split, label, steps
+        self.get, self.split, self.label, self.steps = get, split, label, _listed(steps)
         self.target, self.look_for_copies = target or CategoryProcessor(), look_for_copies
     def build(self, source: Any, say: Say = _quiet) -> tuple[ItemList, ItemList, Any]:
         "Both lists of items, and the fitted processor; what is wrong is an error here"
@@ -245,9 +251,8 @@ class DataBlock:
     def dataloaders(self, source: Any, bs: int = 64, **kwargs: Any) -> BlockLoaders:
         "Loaders of both sides; other arguments are for `DataLoader`"
         train, valid, target = self.build(source)
-        kwargs = {'collate_fn': collate_items, **kwargs}
-        made = DataLoaders.from_datasets(train, valid, bs, **kwargs)
-        dls, shape = BlockLoaders(made.train, made.valid), getattr(train[0][0], 'shape', ())
+        two = DataLoaders.from_datasets(train, valid, bs, **{'collate_fn': collate_items, **kwargs})
+        dls, shape = BlockLoaders(two.train, two.valid), getattr(train[0][0], 'shape', ())
         dls.c_in, dls.c_out = shape[0] if shape else None, getattr(target, 'c_out', None)
         dls.target = target
         return dls

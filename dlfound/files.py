@@ -6,7 +6,7 @@
 __all__ = ['get_files', 'parent_label', 'Split', 'check_split', 'split_random', 'split_by_func', 'split_by_grandparent',
            'split_stratified', 'split_by_group', 'split_fold', 'Row', 'read_table', 'find_copies', 'find_leaks']
 
-# %% ../nbs/06c_files.ipynb #a1899c1b
+# %% ../nbs/06c_files.ipynb #b5468c58
 import csv
 import hashlib
 import os
@@ -14,10 +14,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
+from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-# %% ../nbs/06c_files.ipynb #f9afdb74
+# %% ../nbs/06c_files.ipynb #08374ee7
 def _number(stat: os.stat_result) -> tuple[int, int]: return stat.st_dev, stat.st_ino
 def _walk(folders: Sequence[str]) -> Iterator[tuple[str, list[os.DirEntry[str]], bool]]:
     "Every folder once, links last: its path, its entries that are no folders, has it folders?"
@@ -31,8 +32,13 @@ def _walk(folders: Sequence[str]) -> Iterator[tuple[str, list[os.DirEntry[str]],
         inner = [e for e in shown if e.is_dir()]
         for e in inner: (links if e.is_symlink() else todo).append(e.path)
         yield folder, [e for e in shown if not e.is_dir()], bool(inner)
+def _once(found: list[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+    "Without links to a file that is there already; FileNotFoundError for one that leads nowhere"
+    links, own = [e for e in found if e.is_symlink()], [e for e in found if not e.is_symlink()]
+    first = {_number(e.stat()): e for e in [*links[::-1], *own]} if links else {}
+    return [e for e in found if not e.is_symlink() or first[_number(e.stat())] is e]
 
-# %% ../nbs/06c_files.ipynb #6425470e
+# %% ../nbs/06c_files.ipynb #1401f2d9
 def get_files(
     path: str | os.PathLike[str], # A folder
     extensions: str | Iterable[str] | None = None, # Such as '.jpg', in any case; `None`: all files
@@ -57,34 +63,28 @@ def get_files(
         if not found: seen.update(os.path.splitext(e.name)[1] for e in files)
     if not found: raise ValueError(f'{root} has no files that end in {ends}; it has {dict(seen)}')
     if empty and not allow_empty: raise ValueError(
-        f'{len(empty)} folders have no files that end in {ends}, such as {min(empty)}; remove '
-        'them, name the others (include=), or say allow_empty=True')
+        f'{len(empty)} folders have no files that end in {ends}, such as {min(empty)}; '
+        'remove them, name the others (include=), or say allow_empty=True')
     found.sort(key=lambda e: e.path.replace(os.sep, '\0'))
-    if links := [e for e in found if e.is_symlink()]:
-        if lost := [e.path for e in links if not e.is_file()]: raise ValueError(
-            f'{len(lost)} links lead nowhere, such as {lost[0]}; mend or remove them')
-        once = {_number(e.stat()): e for e in links[::-1]}
-        for e in [e for e in found if not e.is_symlink()]: once.pop(_number(e.stat()), None)
-        found = [e for e in found if not e.is_symlink() or once.get(_number(e.stat())) is e]
-    bases = {f: Path(f) for f in {e.path[:-len(e.name)] for e in found}} # Each once, to be faster
-    return [bases[e.path[:-len(e.name)]] / e.name for e in found]
+    return [Path(e.path) for e in _once(found)]
 
 # %% ../nbs/06c_files.ipynb #11c979c4
 def parent_label(path: str | os.PathLike[str]) -> str:
     "The name of the folder that a file is in"
     return PurePath(path).parent.name
 
-# %% ../nbs/06c_files.ipynb #8fd35630
+# %% ../nbs/06c_files.ipynb #a3d2250e
 def _order(items: Sequence[Any]) -> list[int]: # Positions
     "Paths and names sorted by their parts, however they were listed; other items as they come"
     named = all(isinstance(item, (str, os.PathLike)) for item in items)
     return sorted(range(len(items)), key=lambda i: PurePath(items[i]).parts if named else (i,))
 def _shuffled(units: Sequence[Any], seed: int) -> list[Any]: # As the seed alone decides
-    if not isinstance(seed, int): raise TypeError(f'a seed is a whole number, got {seed!r}')
-    draw = random.Random(seed).random
+    if not isinstance(seed, Integral) or seed < 0:
+        raise TypeError(f'a seed is a whole number from 0 on, got {seed!r}')
+    draw = random.Random(int(seed)).random
     return [unit for _, _, unit in sorted((draw(), i, unit) for i, unit in enumerate(units))]
 
-# %% ../nbs/06c_files.ipynb #cd2829d6
+# %% ../nbs/06c_files.ipynb #4116c153
 class Split(NamedTuple):
     "Positions in a list of items"
     train: list[int] # Of those to learn from
@@ -92,20 +92,19 @@ class Split(NamedTuple):
     def __repr__(self) -> str: return f'Split({len(self.train)} train, {len(self.valid)} valid)'
 def check_split(items: Sequence[Any], split: Any) -> Split: # Of positions to train, to validate
     "ValueError unless both sides have items, and no item of the one is also in the other"
-    train, valid = [[int(i) for i in side] for side in split]
+    train, valid = [[i.item() if hasattr(i, 'item') else i for i in side] for side in split]
     if not (train and valid): raise ValueError(
         f'each side needs an item, got {len(train)} to train and {len(valid)} to validate')
-    if wrong := [i for i in train + valid if not 0 <= i < len(items)]: raise ValueError(
-        f'positions go from 0 to {len(items) - 1}, got {wrong[:5]}')
+    if wrong := [i for i in train + valid if type(i) is not int or not 0 <= i < len(items)]:
+        raise ValueError(f'positions are numbers from 0 to {len(items) - 1}, got {wrong[:5]}')
     names = [item if isinstance(item, (str, os.PathLike)) else i for i, item in enumerate(items)]
     known = {names[i] for i in train}
     if both := [names[i] for i in sorted({*valid}) if names[i] in known]:
         raise ValueError(f'items on both sides: {len(both)}, the first is {both[0]}; split anew')
     return Split(train, valid)
 
-# %% ../nbs/06c_files.ipynb #658bdbb4
-def _share(n: int, valid_pct: float, what: str = 'items') -> int: # At least one, and not all
-    "How many of `n` are for validation"
+# %% ../nbs/06c_files.ipynb #c0db9b66
+def _share(n: int, valid_pct: float, what: str = 'items') -> int: # At least 1, not all
     if not 0 < valid_pct < 1: raise ValueError(
         f'valid_pct is a share between 0 and 1, got {valid_pct}; for 20 % write .2')
     if n < 2: raise ValueError(f'a split needs two {what} or more, got {n}')
@@ -121,31 +120,28 @@ def split_random(
     n = _share(len(items), valid_pct)
     return _split(items, _shuffled(_order(items), seed)[:n])
 
-# %% ../nbs/06c_files.ipynb #4e98121d
-def _ask(f: Callable[[Any], Any], item: Any) -> Any:
-    "What `f` says of an item, numbers of PyTorch and NumPy as plain ones"
-    try:
-        x = f(item)
-        if getattr(x, 'shape', None) == (): x = x.item()
-        if x is None or x != x: raise ValueError(f'{x!r} is no answer; look at the function')
-        hash(x)
-        return x
-    except Exception as e:
-        e.add_note(f'(asked about {item})')
-        raise
+# %% ../nbs/06c_files.ipynb #0654a00c
 def _groups(items: Any, f: Callable[[Any], Any], order: Iterable[int]) -> dict[Any, list[int]]:
-    "By what `f` says of items: their positions, in the given order"
+    "By what `f` says of items, numbers of PyTorch as plain ones: their positions, in this order"
     found = dict[Any, list[int]]()
-    for i in order: found.setdefault(_ask(f, items[i]), []).append(i)
+    for i in order:
+        try:
+            x = f(items[i])
+            if getattr(x, 'shape', None) == (): x = x.item()
+            if x is None or x != x: raise ValueError(f'{x!r} is no answer; look at the function')
+            found.setdefault(x, []).append(i)
+        except Exception as e:
+            e.add_note(f'(asked about {items[i]})')
+            raise
     return found
 def split_by_func(
     items: Sequence[Any], is_valid: Callable[[Any], bool], # Of an item: is it for validation?
 ) -> Split:
     "Splits by a rule; TypeError if it answers anything else"
     answers = _groups(items, is_valid, range(len(items)))
-    if wrong := [x for x in answers if not isinstance(x, bool)]: raise TypeError(
-        f'the rule answers True (validation) or False, got {wrong[0]!r} for '
-        f'{items[answers[wrong[0]][0]]}; compare it')
+    for x, own in answers.items():
+        if not isinstance(x, bool): raise TypeError(f'the rule answers True (validation) or False, '
+            f'got {x!r} for {items[own[0]]}; compare it')
     return _split(items, answers.get(True, []))
 def split_by_grandparent(
     items: Sequence[Any], train: str = 'train', valid: str = 'val', # Names of the folders
@@ -194,19 +190,22 @@ def split_fold(
         f'folds go from 0 to k - 1, k from 2 to {len(units)}; got fold {fold} of {k}')
     return _split(items, [i for own in _shuffled(units, seed)[fold::k] for i in own])
 
-# %% ../nbs/06c_files.ipynb #f1ccd984
+# %% ../nbs/06c_files.ipynb #328a26a8
 class Row(dict[str, Any]):
     "The fields of a row by the names of their columns, and where it stands, such as 'line 3'"
     def __init__(self, fields: Any, where: str = ''):
         super().__init__(fields)
         self.where = where
-def _read_csv(path: str | os.PathLike[str], encoding: str) -> tuple[list[str], list[Row]]:
-    raw, lines, start = Path(path).expanduser().read_bytes(), list[tuple[int, list[str]]](), 1
+    def __str__(self) -> str: return f'{self.where}: {dict(self)!r:.150}'
+    def __missing__(self, key: Any): raise KeyError(f'no column {key!r}; there are {[*self]}')
+def _read_csv(path: Any, encoding: str, sep: str) -> tuple[list[str], list[Row]]:
+    raw = Path(path).expanduser().read_bytes()
     try: text = raw.decode(encoding)
     except UnicodeDecodeError as e: raise ValueError(
         f'{path}, line {raw[:e.start].count(10) + 1}: {raw[e.start:e.end]} is not {encoding}; '
         "save the file as UTF-8, or say which encoding it has, such as 'cp1252'") from e
-    reader = csv.reader(StringIO(text, newline=''), strict=True)
+    reader = csv.reader(StringIO(text, newline=''), delimiter=sep, strict=True)
+    lines, start = list[tuple[int, list[str]]](), 1
     try:
         for fields in reader:
             if fields: lines.append((start, fields))
@@ -215,46 +214,46 @@ def _read_csv(path: str | os.PathLike[str], encoding: str) -> tuple[list[str], l
     (_, header), *rows = lines or [(1, [''])]
     if bad := [(n, len(fields)) for n, fields in rows if len(fields) != len(header)]:
         raise ValueError(f'{path} has {len(header)} columns; rows with more or fewer: {len(bad)}, '
-                         f'the first in line {bad[0][0]} with {bad[0][1]}; quote commas')
+            f'the first in line {bad[0][0]} with {bad[0][1]}; quote {sep!r} in fields, or say sep=')
     return header, [Row(zip(header, fields), f'line {n}') for n, fields in rows]
 def read_table(
-    source: Any, # The path of a CSV, or a data frame (of pandas, say)
+    source: Any, # The path of a file, a data frame (of pandas, say), or a list of dicts
     columns: Iterable[str] = (), # That it must have
     encoding: str = 'utf-8-sig', # Of the file; this one is UTF-8 with or without a mark
-) -> list[Row]: # Values from a CSV are strings
+    sep: str = ',', # What parts the fields of the file, such as ';' or '\t'
+) -> list[Row]: # Values from a file are strings
     "The rows of a table; ValueError with the line for what is no table, or not the one expected"
-    if hasattr(source, 'to_dict'):
-        header = [*source.columns]
-        rows = [Row(row, f'row {i}') for i, row in enumerate(source.to_dict('records'))]
-    else: header, rows = _read_csv(source, encoding)
+    if isinstance(source, (str, os.PathLike)): header, rows = _read_csv(source, encoding, sep)
+    else:
+        records = source.to_dict('records') if hasattr(source, 'to_dict') else [*source]
+        header = [*getattr(source, 'columns', records[0] if records else ())]
+        rows = [r if isinstance(r, Row) else Row(r, f'row {i}') for i, r in enumerate(records)]
     if double := [name for name, n in Counter(header).items() if n > 1]:
         raise ValueError(f'columns {double} are there more than once; rename or remove them')
     wanted = [columns] if isinstance(columns, str) else columns
-    if missing := [name for name in wanted if name not in header]:
-        raise ValueError(f'there is no column {missing}; there are {header}')
+    if missing := [name for name in wanted if name not in header]: raise ValueError(
+        f'there is no column {missing}; there are {header}' + '; say sep=' * (len(header) == 1))
     if not rows: raise ValueError(f'there is no row below the header {header}')
     return rows
 
-# %% ../nbs/06c_files.ipynb #5914e095
-def _size(x: Any) -> Any:
-    if isinstance(x, (str, os.PathLike)): return os.path.getsize(x)
-    if hasattr(x, 'shape') and hasattr(x, 'dtype'): return tuple(x.shape), str(x.dtype)
-    raise TypeError(f'copies are looked for among paths and arrays, got a {type(x).__name__}')
-def _content(x: Any, length: int) -> bytes: # Of a file, as many bytes as that; -1: all
+# %% ../nbs/06c_files.ipynb #0f0abe45
+def _content(x: Any, length: int) -> Any: # 0: only its size, -1: all of it
+    "What items that are copies of each other have in common"
     if isinstance(x, (str, os.PathLike)):
+        if not length: return os.path.getsize(x)
         with open(x, 'rb') as f: return hashlib.sha256(f.read(length)).digest()
+    if not length: return tuple(x.shape), str(x.dtype)
     array = x.numpy(force=True) if hasattr(x, 'numpy') else x
     return hashlib.sha256(array.tobytes()).digest()
 def find_copies(items: Sequence[Any]) -> list[list[int]]: # Of paths, tensors or arrays
     "Positions of items that have the same content, wherever there are two or more"
     bunches: list[list[int]] = [[*range(len(items))]]
-    for key in (_size, lambda x: _content(x, 4096), lambda x: _content(x, -1)):
-        bunches = [own for bunch in bunches for own in
-                   _groups(items, key, bunch).values() if len(own) > 1]
+    for length in (0, 4096, -1):
+        bunches = [own for bunch in bunches for own in _groups(
+            items, lambda x: _content(x, length), bunch).values() if len(own) > 1]
     return bunches
-def find_leaks(items: Sequence[Any], split: Split) -> list[tuple[int, int]]:
+def find_leaks(items: Sequence[Any], split: Any) -> list[tuple[int, int]]: # A `Split`, or a pair
     "For each content on both sides of a split, a position in training and one in validation"
-    train, valid = {*split.train}, {*split.valid}
-    pairs = [([i for i in own if i in train], [i for i in own if i in valid])
-             for own in find_copies(items)]
+    sides = [{*side} for side in split]
+    pairs = [[[i for i in own if i in side] for side in sides] for own in find_copies(items)]
     return [(a[0], b[0]) for a, b in pairs if a and b]

@@ -158,7 +158,7 @@ class FlatOptimizer(StatefulOptimizer):
     "Runs steppers as one compiled pass: `flat` makes it"
     def __init__(self, opt: StatefulOptimizer, after: int = 16): # Groups of `opt`; steps by lists
         if not isinstance(opt, StatefulOptimizer): raise TypeError(
-            f'flat is for optimizers of steppers, got {type(opt).__name__}; flatten Together inside')
+            f'flat takes optimizers of steppers, got {type(opt).__name__}; flatten Together inside')
         self.after, self.reason, self.form, self.split = after, '', 'lists', 'kinds'
         self._bundles, self._homes = dict[Any, list[Bundle]](), (set[int](), list[Any]())
         groups = [g | dict(params=[*zip(g.get('param_names', []), g['params'])] or g['params'])

@@ -3,6 +3,7 @@ import os
 import pickle
 import warnings
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch.utils.data import WeightedRandomSampler
 from dlfound.datablock import (BlockLoaders, CategoryProcessor, DataBlock, FloatProcessor, ItemList,
                                MultiCategoryProcessor, collate_items, compose, describe, each, files_from_csv,
                                label_from_csv, split_by_csv)
-from dlfound.files import get_files, parent_label, split_by_grandparent, split_random, split_stratified
+from dlfound.files import (get_files, parent_label, read_table, split_by_grandparent, split_random,
+                           split_stratified)
 from dlfound.loader import DataLoader
 
 quick = settings(max_examples=50, deadline=None)
@@ -104,6 +106,47 @@ def test_a_label_of_validation_alone_is_told_at_once(pictures):
     assert 'train/cat/3.png' in e.value.__notes__[0]
 
 
+def test_steps_are_kept_and_one_is_enough(pictures):
+    for given in (steps, tuple(steps), (f for f in steps), lambda p: torch.tensor(np.array(Image.open(p)))):
+        b = block(steps=given)
+        for _ in range(2): # A generator would be used up after the first sample
+            train = b.build(pictures)[0]
+            assert all(isinstance(x, torch.Tensor) for x, _ in train)
+    assert [*ItemList('12', (f for f in [int, float]))] == [(1.,), (2.,)] and ItemList('12', int)[1] == (2,)
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=f'got {n} for 2'): ItemList('12', int, [0] * n)
+
+
+def test_a_given_vocab():
+    for vocab in ('ba', ['b', 'a'], np.array(['b', 'a']), iter('ba')):
+        processor = CategoryProcessor(vocab)
+        for _ in range(2): assert fit(['a', 'b', 'a'], processor)('a') == 1
+    with pytest.raises(ValueError, match='twice'): fit(['a', 'b'], CategoryProcessor('aba'))
+    with pytest.raises(ValueError, match=r"labels \[1, 'b'\]"): fit(['a', 'c'], CategoryProcessor(['a', 1, 'b']))
+    assert FloatProcessor()(3).tolist() == [3] and fit([2.], fit([(1., 2.)], FloatProcessor())).c_out == 1
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_rows_are_items(tmp_path, workers):
+    table = tmp_path / 't.csv'
+    table.write_text('\n'.join(['a;b;kind', *[f'{i};{i * 2};{"xy"[i % 2]}' for i in range(20)]]))
+    rows = read_table(table, sep=';')
+    def made(source, **changes):
+        return DataBlock(**dict(get=read_table, split=partial(split_random, seed=1), label=itemgetter('kind'),
+                                steps=[itemgetter('a', 'b'), partial(map, float), list, torch.tensor]) | changes
+                         ).dataloaders(source, 4, num_workers=workers)
+    for source in (rows, [dict(r) for r in rows]):
+        dls = made(source)
+        assert (dls.c_in, dls.c_out, dls.target.vocab) == (2, 2, ['x', 'y'])
+        for x, y in dls.train: assert torch.equal(x[:, 0] * 2, x[:, 1]) and torch.equal(x[:, 0] % 2, y)
+    (x,), = dls.test(rows[:3])
+    assert x.tolist() == [[0, 0], [1, 2], [2, 4]]
+    with pytest.raises(ValueError) as e: ItemList(rows, [itemgetter('kind'), float])[3]
+    assert e.value.__notes__ == ["(item 3: line 5: {'a': '3', 'b': '6', 'kind': 'y'})"]
+    with pytest.raises(ValueError, match="no column 'sort'; there are .*16 items, the first: line "):
+        made(rows, label=itemgetter('sort'))
+
+
 def test_each_mistake_once():
     def f(x): return 1 // (x % 2) if x < 9 else int('x')
     with pytest.raises(ValueError) as e: each(f, range(11), 'abcdefghijk', 'counting')
@@ -177,7 +220,7 @@ def test_copies_and_overlap(pictures):
     with pytest.raises(ValueError, match='needs an item'): block(split=lambda items: ([0], [])).build(pictures)
 
 
-def test_tables(pictures):
+def test_tables(pictures, monkeypatch):
     files = get_files(pictures)
     rows = [f'{p.relative_to(pictures)},{parent_label(p)},{p.parts[-3] == "val"},a b' for p in files]
     table = pictures.parent / 'labels.csv'
@@ -193,6 +236,12 @@ def test_tables(pictures):
         columns = ['file', 'label', 'is_valid']
         def to_dict(self, orient): return [dict(file=str(p), label=i % 2, is_valid=i > 8) for i, p in enumerate(files)]
     assert split_by_csv(files, Frame(), **where).valid == [9, 10, 11]
+    here = pictures.parent / 'semicolons.csv' # Rows that were read before, relative to the current folder or to root
+    here.write_text(table.read_text().replace(',', ';'), encoding='utf-16')
+    read = read_table(here, encoding='utf-16', sep=';')
+    assert files_from_csv(read, **where) == files and label_from_csv(read, **where)(files[0]) == 'cat'
+    monkeypatch.chdir(pictures)
+    assert files_from_csv(read, 'file') == files_from_csv(Frame(), 'file') == files
     with pytest.raises(ValueError, match='no row'): label_from_csv(table, **where)(pictures / 'other.png')
     with pytest.raises(TypeError, match="got 'cat'"): split_by_csv(files, table, 'label', **where)
     for extra, word in ((rows[0], 'listed twice, the first is train/cat/0.png in line 14'),
@@ -216,6 +265,11 @@ def test_describe_and_compose():
     for x in (torch.tensor([True]), torch.zeros(0), np.float32(3), np.array(['a']), {}, None, [None], torch.tensor(2j)):
         assert describe(x)
     assert len(describe('x' * 999)) < 99
+    for x in (torch.zeros(2, device='meta'), torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.uint64),
+              torch.zeros(2, 0), np.zeros((0, 2)), np.array(['2026'], 'datetime64[D]')):
+        assert str(x.dtype) in describe(x)
+    frame = type('Frame', (), dict(mode=lambda self: 0, size=4))() # As pandas has them
+    assert 'picture' not in describe(frame)
     late, early = lambda x: x + 'b', lambda x: x + 'a'
     late.order, early.order = 5, -1
     assert compose('', [late, lambda x: x + '0', early]) == 'a0b'

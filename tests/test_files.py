@@ -1,6 +1,8 @@
 "Lists, splits and tables are the same on every machine, keep what they promise, and say what is wrong with a file."
+import copy
 import csv
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -106,10 +108,13 @@ def test_splits_refuse():
     with pytest.raises(ValueError, match='no others'): split_by_grandparent(['train/a/1', 'val/a/1', 'test/a/1'])
     for fold, k in ((-1, 3), (3, 3), (0, 1), (0, 9)):
         with pytest.raises(ValueError, match='folds go'): split_fold(range(8), fold, k)
-    for split in (([0], [0]), ([0], []), ([0], [5]), ([-1], [0]), ([0], [4])):
+    with pytest.raises(TypeError, match='from 0 on, got -1'): split_random(range(9), seed=-1) # Would be that of 1
+    for split in (([0], [0]), ([0], []), ([0], [5]), ([-1], [0]), ([0], [4]), ([0], [1.7]), ([False], [True]),
+                  (torch.tensor([True, False]), torch.tensor([False, True])), (np.array([True]), np.array([False]))):
         with pytest.raises(ValueError): check_split(['a', 'b', 'c', 'd', 'a'], split)
     assert check_split('ab', (torch.tensor([0]), np.array([1]))) == Split([0], [1])
     assert split_by_func(range(3), lambda i: np.bool_(i == 1)) == ([0, 2], [1])
+    assert split_random(range(9), seed=np.int64(3)) == split_random(range(9), seed=3)
 
 
 @contextmanager
@@ -194,6 +199,27 @@ def test_tables_refuse(tmp_path):
     assert read_table(path, 'b', encoding='latin-1')[0]['b'] == 'é'
 
 
+def test_rows_know_their_line_and_columns(tmp_path):
+    path = tmp_path / 'a table.csv'
+    for sep, text in ((';', 'a;b\n1,5;x\n2,5;y\n'), ('\t', 'a\tb\n1,5\tx\n2,5\ty\n')):
+        path.write_text(text)
+        rows = read_table(path, 'b', sep=sep)
+        assert [(r['a'], r['b']) for r in rows] == [('1,5', 'x'), ('2,5', 'y')]
+        with pytest.raises(ValueError, match='say sep='): read_table(path, 'b') # More fields than the header has
+        path.write_text(text.replace(',', '.'))
+        with pytest.raises(ValueError, match='say sep='): read_table(path, 'b')
+    for again in (rows, copy.deepcopy(rows), pickle.loads(pickle.dumps(rows)), iter(rows)):
+        assert [r.where for r in read_table(again, ('a', 'b'))] == ['line 2', 'line 3']
+    plain = read_table([dict(a=1), dict(a=2)], 'a')
+    assert plain == [dict(a=1), dict(a=2)] and str(plain[1]) == "row 1: {'a': 2}" and plain[0].get('b') is None
+    with pytest.raises(KeyError, match="no column 'c'; there are \\['a', 'b'\\]"): rows[0]['c']
+    for source, word in (([dict(a=1)], "no column \\['b'\\]"), ([], 'no column')):
+        with pytest.raises(ValueError, match=word): read_table(source, 'b')
+    with pytest.raises(ValueError, match='no row'): read_table([])
+    with pytest.raises(ValueError) as e: split_by_group(rows, lambda r: None)
+    assert e.value.__notes__ == ["(asked about line 2: {'a': '1,5', 'b': 'x'})"]
+
+
 def test_data_frames(tmp_path):
     pandas = pytest.importorskip('pandas')
     frame = pandas.DataFrame(dict(path=['1.jpg', '2.jpg'], label=[3, 4]))
@@ -213,11 +239,12 @@ def test_copies(tmp_path, contents):
     split = Split([*range(0, len(items), 2)], [*range(1, len(items), 2)])
     both = {contents[i] for i in split.train} & {contents[i] for i in split.valid}
     leaks = find_leaks(items, split)
+    assert leaks == find_leaks(items, (split.train, split.valid))
     assert {contents[a] for a, _ in leaks} == both and len(leaks) == len(both)
     assert all(a in split.train and b in split.valid and contents[a] == contents[b] for a, b in leaks)
 
 
 def test_copies_of_what_cannot_be_compared():
-    with pytest.raises(TypeError, match='got a dict'): find_copies([{}, {}])
+    with pytest.raises(AttributeError, match="dict.*shape"): find_copies([{}, {}])
     tensors = torch.ones(2, requires_grad=True), torch.ones(2), torch.ones(2, dtype=torch.float64)
     assert find_copies(tensors) == [[0, 1]]
