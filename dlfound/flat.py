@@ -49,18 +49,19 @@ class Tape:
         "One operation; TypeError for one that has no flat form"
         if name not in _plain or len(args) > 1 + (name in dir(operator)):
             raise TypeError(f'{name} has no flat form')
-        line: list[Any] = [name]
-        for a in args:
-            line.append(a.value if isinstance(a, Operand) else len(self.numbers))
-            if not isinstance(a, Operand): self.numbers.append(float(a))
-        self.lines.append(tuple(line))
+        read = [a.value if isinstance(a, Operand) else len(self.numbers) for a in args]
+        self.lines.append((name, *read))
+        self.numbers += [float(a) for a in args if not isinstance(a, Operand)] # One at most
         return Operand(f'x{len(self.lines)}', self.write)
 
 # %% ../nbs/08a_flat.ipynb #8b565875
+def _overwrite(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
+    if [x.ndim for x in olds] != [x.ndim for x in news]: raise TypeError('a result has no length')
+    news = [x.clone() if any(x is old for old in olds) else x for x in news]
+    for old, new in zip(olds, news): old.copy_(new)
 def flat_graph(
     lines: Sequence[tuple[Any, ...]], # Of a `Tape`
-    names: Sequence[str], # Of the tensors of each slot, in the order of the arguments
-    outputs: Sequence[tuple[str, str]], # What is overwritten, and with which result
+    names: Sequence[str], outputs: Sequence[tuple[str, str]], # Of a slot's tensors; old and new
     slots: int = 1, # Sets of tensors that a call works on
 ) -> fx.GraphModule: # Of the tensors of all slots, and the numbers, a vector
     "The lines of a tape as a function that PyTorch can compile"
@@ -72,24 +73,23 @@ def flat_graph(
             read = [values[a] if isinstance(a, str) else
                     graph.call_function(operator.getitem, (numbers, a)) for a in args]
             values[f'x{i}'] = graph.call_function(_plain[name], tuple(read))
-        for old, new in outputs: graph.call_method('copy_', (values[old], values[new]))
+        pairs = [(values[old], values[new]) for old, new in outputs]
+        graph.call_function(_overwrite, tuple(map(list, zip(*pairs))))
     graph.output(())
     return fx.GraphModule({}, graph)
 
 # %% ../nbs/08a_flat.ipynb #f2c88edf
 _slots, _small = 5, 2**15 # Tensors in a call; numbers of a tensor from which it has a slot alone
-def _wide(dtype: torch.dtype) -> torch.dtype: return torch.promote_types(dtype, torch.float32)
 @lru_cache(64)
 def compiled(
     lines: tuple[Any, ...], names: tuple[str, ...], outputs: tuple[Any, ...], # Of `flat_graph`
-    n: int, # How many numbers the lines have
-    dtype: torch.dtype, device: torch.device, # Of the tensors; numbers are float32 at least
+    n: int, dtype: torch.dtype, device: torch.device, # Of the numbers how many, of the tensors what
 ) -> Callable[..., None]: # Works on `_slots` sets of vectors; raises what the compiler raises
     "The compiled function of some lines, tried once on zeros"
     run = torch.compile(flat_graph(lines, names, outputs, _slots).forward, dynamic=True)
     trial = [torch.zeros(_small + 64 * i, dtype=dtype, device=device)
              for i in range(_slots) for _ in names]
-    with torch.no_grad(): run(*trial, torch.ones(n, dtype=_wide(dtype), device=device))
+    with torch.no_grad(): run(*trial, torch.ones(n, dtype=torch.float64, device=device))
     return run
 
 # %% ../nbs/08a_flat.ipynb #669928e0
@@ -102,6 +102,7 @@ def on_lists(name: str, *args: Any, **kwargs: Any) -> Any: # Operands of lists, 
     if name in ('shape', 'ndim'):
         if len(found := {getattr(t, name) for t in lists[0]}) == 1: return found.pop()
         raise TypeError(f'a stepper asks for one {name}, and the list has {len(found)}')
+    if name.endswith('_'): raise TypeError(f'{name} works in place, and steppers return new values')
     if name in ('add', 'mul') and not isinstance(args[0], Operand): args = args[::-1]
     if name in _foreach and isinstance(args[0], Operand) and not kwargs:
         return Operand(_foreach[name](*[getattr(a, 'value', a) for a in args]), on_lists)
@@ -121,8 +122,9 @@ class Bundle:
     def __init__(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]):
         self.params, self.states = params, states # Small tensors of these become pieces of a buffer
         self.names = names = [k for k, v in states[0].items() if isinstance(v, Tensor)]
-        if any(s[k].shape != p.shape for k in names for p, s in zip(params, states)):
-            raise TypeError('a statistic has another shape than its parameter')
+        if any((s[k].shape, s[k].dtype) != (p.shape, p.dtype)
+               for k in names for p, s in zip(params, states)):
+            raise TypeError('a statistic has another shape or type than its parameter')
         self.large, self.small = [[p for p in params if _apart(p) == big] for big in (True, False)]
         sizes, first = [p.numel() for p in self.small], params[0]
         sizes.append(64 - sum(sizes) % 64) # So that no buffer has the length 0 or 1
@@ -135,13 +137,15 @@ class Bundle:
                 state[k] = home.copy_(state[k])
             if _apart(p): self.rows.append([_in_order(t, p) for t in (p, *map(state.get, names))])
         self.held = [(s, k, s[k]) for s in states for k in names]
+        self.counts = {k: v for k, v in states[0].items() if k not in names}
         self.places = [p.data_ptr() for p in params]
         self.spare = [[first.new_zeros(8192) for _ in self.buffers] for _ in range(_slots)]
     def intact(self, state: Mapping[Any, Any]) -> bool: # Of the optimizer
         "Are parameters and states where they were?"
         return (self.places == [p.data_ptr() for p in self.params]
                 and all(state.get(p) is s for p, s in zip(self.params, self.states))
-                and all(s.get(k) is t for s, k, t in self.held))
+                and all(s.get(k) is t for s, k, t in self.held)
+                and all(s.get(k) == n for s in self.states for k, n in self.counts.items()))
     def step(self, run: Callable[..., None], numbers: Tensor, pooled: bool = True) -> None:
         "A step of all; without small ones if they are not `pooled`"
         rows = [[p, _in_order(q.grad, q), *s] for q, (p, *s) in zip(self.large, self.rows)]
@@ -154,6 +158,10 @@ class Bundle:
         torch.autograd.graph.increment_version(self.large) # Autograd is to know of the change
 
 # %% ../nbs/08a_flat.ipynb #1ec63b25
+def _homes_of(ids: set[int]) -> list[tuple[Any, str, int, str]]: # In all modules
+    return [(weakref.ref(m), k, id(p), f'{type(m).__name__}.{k}') for m in gc.get_objects()
+            if issubclass(type(m), nn.Module)
+            for k, p in vars(m).get('_parameters', {}).items() if id(p) in ids]
 class FlatOptimizer(StatefulOptimizer):
     "Runs steppers as one compiled pass: `flat` makes it"
     def __init__(self, opt: StatefulOptimizer, after: int = 16): # Groups of `opt`; steps by lists
@@ -163,7 +171,6 @@ class FlatOptimizer(StatefulOptimizer):
         self._bundles, self._homes = dict[Any, list[Bundle]](), (set[int](), list[Any]())
         groups = [g | dict(params=[*zip(g.get('param_names', []), g['params'])] or g['params'])
                   for g in opt.param_groups]
-        for g in groups: g.pop('param_names', None)
         super().__init__(groups, opt.steppers, opt.fixed, **opt.defaults)
     def __getstate__(self) -> dict[str, Any]:
         own = dict(after=self.after, reason=self.reason, form=self.form, split=self.split)
@@ -177,7 +184,7 @@ class FlatOptimizer(StatefulOptimizer):
         self._count = state_dict.get('count', self.after)
     def update(self, params: Sequence[Tensor], hypers: Mapping[str, Any]) -> None:
         "One compiled pass, or over lists; RuntimeError if a module holds a parameter no longer"
-        hypers = {k: float(v) for k, v in hypers.items()}
+        hypers = {k: float(v) for k, v in hypers.items() if isinstance(v, (int, float, Tensor))}
         self._check_homes()
         work = []
         if self._count > self.after and not self.reason:
@@ -190,23 +197,25 @@ class FlatOptimizer(StatefulOptimizer):
         for bundle, run, numbers, fresh, pooled in work:
             if bundle.small and not pooled: self._lists(bundle.small, hypers)
             bundle.step(run, numbers, pooled)
+            bundle.counts = fresh
             for state in bundle.states: state.update(fresh)
-    def _check_homes(self) -> None: # Of the parameters, in modules
+    def _check_homes(self) -> None: # Are parameters still in modules, if they were?
         mine = {id(p) for g in self.param_groups for p in g['params']}
-        if mine != self._homes[0]: self._homes = mine, [
-            (weakref.ref(m), k, id(p)) for m in gc.get_objects() if issubclass(type(m), nn.Module)
-            for k, p in vars(m).get('_parameters', {}).items() if id(p) in mine]
-        alive = [(m, k, i) for ref, k, i in self._homes[1] if (m := ref()) is not None]
-        held = {i for m, k, i in alive if id(m._parameters.get(k)) == i}
-        if lost := [f'{type(m).__name__}.{k}' for m, k, i in alive if i not in held]:
-            raise RuntimeError(f'{", ".join(lost[:4])} was replaced by another parameter, perhaps '
+        if mine != self._homes[0]: self._homes = mine, _homes_of(mine)
+        lost = [(i, name) for ref, k, i, name in self._homes[1]
+                if id(getattr(ref(), '_parameters', {}).get(k)) != i]
+        if not lost or all(ref() is None for ref, *_ in self._homes[1]): return # No model is left
+        now = _homes_of(mine)
+        if gone := [name for i, name in lost if all(i != home[2] for home in now)]:
+            raise RuntimeError(f'{", ".join(gone[:4])} was replaced by another parameter, perhaps '
                 'by load_state_dict(assign=True): make the optimizer anew')
+        self._homes = mine, now
     def _kinds(self, params: Sequence[Tensor]) -> Iterable[list[Tensor]]: # Alike but for shape
         kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in params:
             for k, v in (state := self.state[p]).items():
-                if isinstance(v, Tensor) and (v.dtype, v.device) != (p.dtype, p.device):
-                    state[k] = v.to(p.device, p.dtype) # The model was moved
+                if isinstance(v, Tensor): # The model was moved, or has become more precise
+                    state[k] = v.to(p.device, torch.promote_types(v.dtype, p.dtype))
             values = [k if isinstance(v, Tensor) else v for k, v in state.items()]
             key = p.dtype, p.device, *values, p.shape if self.split == 'shapes' else None
             kinds.setdefault(key, []).append(p)
@@ -214,11 +223,12 @@ class FlatOptimizer(StatefulOptimizer):
     def _bundled(self, params: Sequence[Tensor]) -> list[Bundle]:
         key = tuple(map(id, params))
         if not (old := self._bundles.get(key)) or not all(b.intact(self.state) for b in old):
-            if len(self._bundles) > 16: self._bundles.clear() # Ever other parameters have gradients
             stats = {f.name for f in self.steppers if isinstance(f, Stat)}
             if any(stats - self.state[p].keys() for p in params): return [] # They have yet to begin
             self._bundles[key] = [Bundle(ps, [self.state[p] for p in ps])
                                   for ps in self._kinds(params)]
+            self._bundles = {k: bs for k, bs in [*self._bundles.items()][-16:] # Without old states
+                             if all(b.intact(self.state) for b in bs)}
         return self._bundles[key]
     def _record(self, bundle: Bundle, hypers: Mapping[str, float]) -> tuple[Any, ...]:
         tape, first, names = Tape(), bundle.params[0], ('p', 'g', *bundle.names)
@@ -228,16 +238,16 @@ class FlatOptimizer(StatefulOptimizer):
         results = [(k, v) for k, v in [('p', new), *fresh.items()] if isinstance(v, Operand)]
         run = compiled(tuple(tape.lines), names, tuple((k, v.value) for k, v in results),
                        len(tape.numbers), first.dtype, first.device)
-        numbers = torch.tensor(tape.numbers, dtype=_wide(first.dtype), device=first.device)
+        numbers = torch.tensor(tape.numbers, dtype=torch.float64, device=first.device)
         fresh = {k: v for k, v in fresh.items() if not isinstance(v, Operand)}
         return run, numbers, fresh, all(name != 'norm' for name, *_ in tape.lines)
     def _lists(self, params: Sequence[Tensor], hypers: Mapping[str, float]) -> None:
         for kind in self._kinds(params):
-            alone = [p for p in kind if self.split == 'one by one' or p.numel() >= _small]
-            super().update(alone, hypers)
-            ps = [p for p in kind if all(p is not q for q in alone)]
+            large = [p.numel() >= _small or self.split == 'one by one' for p in kind]
+            super().update([p for p, alone in zip(kind, large) if alone], hypers)
+            ps = [p for p, alone in zip(kind, large) if not alone]
             try: self._over(ps, hypers) if ps else None
-            except (TypeError, AttributeError): # Nothing was touched
+            except (TypeError, AttributeError, RuntimeError): # Nothing was touched
                 self.split = 'shapes' if self.split == 'kinds' else 'one by one'
                 self._lists(ps, hypers)
     def _over(self, params: list[Tensor], hypers: Mapping[str, float]) -> None:
@@ -246,6 +256,7 @@ class FlatOptimizer(StatefulOptimizer):
                 for k, v in states[0].items()}
         p, g = (Operand(ts, on_lists) for ts in (params, [p.grad for p in params]))
         new, fresh = run_steppers(self.steppers, p, g, held, hypers)
+        if any(p.shape != x.shape for p, x in zip(params, new.value)): raise TypeError('shapes')
         for k, v in fresh.items():
             if isinstance(held.get(k), Operand): _copy(held[k].value, v.value)
             else:
@@ -253,8 +264,7 @@ class FlatOptimizer(StatefulOptimizer):
                     s[k] = v.value[i].clone() if isinstance(v, Operand) else v
         _copy(params, new.value)
 def flat(
-    opt_func: Callable[..., StatefulOptimizer], # `adamw`, `partial(lamb, betas=(.9, .98))`, …
-    after: int = 16, # Steps over lists, before it compiles
+    opt_func: Callable[..., StatefulOptimizer], after: int = 16 # Steps before it compiles
 ) -> Callable[..., FlatOptimizer]: # Takes what `opt_func` takes
     "An optimizer function whose steps become one pass over memory"
     return lambda *args, **kwargs: FlatOptimizer(opt_func(*args, **kwargs), after)
