@@ -138,11 +138,11 @@ class Bundle:
             if _apart(p): self.rows.append([_in_order(t, p) for t in (p, *map(state.get, names))])
         self.held = [(s, k, s[k]) for s in states for k in names]
         self.counts = {k: v for k, v in states[0].items() if k not in names}
-        self.places = [p.data_ptr() for p in params]
+        self.places = [(p.data_ptr(), p.stride()) for p in params]
         self.spare = [[first.new_zeros(8192) for _ in self.buffers] for _ in range(_slots)]
     def intact(self, state: Mapping[Any, Any]) -> bool: # Of the optimizer
         "Are parameters and states where they were?"
-        return (self.places == [p.data_ptr() for p in self.params]
+        return (self.places == [(p.data_ptr(), p.stride()) for p in self.params]
                 and all(state.get(p) is s for p, s in zip(self.params, self.states))
                 and all(s.get(k) is t for s, k, t in self.held)
                 and all(s.get(k) == n for s in self.states for k, n in self.counts.items()))

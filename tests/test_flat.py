@@ -829,3 +829,14 @@ print(a.form, len(told), all(p.equal(q) for p, q in zip(ps, qs)), len(told[0].sp
     env |= dict(TORCHINDUCTOR_COMPILE_THREADS='1')
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ['lists', '1', 'True', '1'], done.stderr[-2000:]
+
+
+def test_a_square_parameter_that_is_transposed_in_place(eager):
+    "The memory is the same, and its order another"
+    pair = Twins(adamw, parameters([(200, 200)]), 1).go(3)
+    for p in pair.ps + pair.qs: p.data = p.data.t()
+    for p, q in zip(pair.ps, pair.qs):
+        for state in pair.opt.state[p], pair.plain.state[q]: # So are their statistics
+            for k, v in state.items():
+                if isinstance(v, torch.Tensor): state[k] = v.t().contiguous()
+    pair.go(3)
