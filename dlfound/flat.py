@@ -6,18 +6,17 @@
 __all__ = ['Operand', 'Tape', 'flat_graph', 'compiled', 'on_lists', 'Bundle', 'FlatOptimizer', 'flat']
 
 # %% ../nbs/08a_flat.ipynb #7d24ce31
-import gc
 import operator
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .optimizer import Stat, StatefulOptimizer, run_steppers
 from .sanity import warn_once
+from .state import Homes
 
 # %% ../nbs/08a_flat.ipynb #ffe0e8be
 def _both(name: str) -> Any: # The methods of an operator, with the operand left and right
@@ -158,23 +157,20 @@ class Bundle:
         torch.autograd.graph.increment_version(self.large) # Autograd is to know of the change
 
 # %% ../nbs/08a_flat.ipynb #1ec63b25
-def _homes_of(ids: set[int]) -> list[tuple[Any, str, int, str]]: # In all modules
-    return [(weakref.ref(m), k, id(p), f'{type(m).__name__}.{k}') for m in gc.get_objects()
-            if issubclass(type(m), nn.Module)
-            for k, p in vars(m).get('_parameters', {}).items() if id(p) in ids]
 class FlatOptimizer(StatefulOptimizer):
     "Runs steppers as one compiled pass: `flat` makes it"
     def __init__(self, opt: StatefulOptimizer, after: int = 16): # Groups of `opt`; steps by lists
         if not isinstance(opt, StatefulOptimizer): raise TypeError(
             f'flat takes optimizers of steppers, got {type(opt).__name__}; flatten Together inside')
         self.after, self.reason, self.form, self.split = after, '', 'lists', 'kinds'
-        self._bundles, self._homes = dict[Any, list[Bundle]](), (set[int](), list[Any]())
+        self._bundles: dict[Any, list[Bundle]] = {}
+        self._homes: Homes | None = None
         groups = [g | dict(params=[*zip(g.get('param_names', []), g['params'])] or g['params'])
                   for g in opt.param_groups]
         super().__init__(groups, opt.steppers, opt.fixed, **opt.defaults)
     def __getstate__(self) -> dict[str, Any]:
         own = dict(after=self.after, reason=self.reason, form=self.form, split=self.split)
-        return super().__getstate__() | own | dict(_bundles={}, _homes=(set(), []))
+        return super().__getstate__() | own | dict(_bundles={}, _homes=None)
     def state_dict(self) -> dict[str, Any]:
         "With the number of steps, which says when to compile"
         return super().state_dict() | {'count': self._count}
@@ -185,7 +181,11 @@ class FlatOptimizer(StatefulOptimizer):
     def update(self, params: Sequence[Tensor], hypers: Mapping[str, Any]) -> None:
         "One compiled pass, or over lists; RuntimeError if a module holds a parameter no longer"
         hypers = {k: float(v) for k, v in hypers.items() if isinstance(v, (int, float, Tensor))}
-        self._check_homes()
+        mine = [p for g in self.param_groups for p in g['params']]
+        if not self._homes or self._homes.ids != {*map(id, mine)}: self._homes = Homes(mine)
+        if lost := self._homes.lost(): raise RuntimeError(
+            f'{", ".join(lost[:4])} was replaced by another parameter, perhaps by '
+            'load_state_dict(assign=True): make the optimizer anew')
         work = []
         if self._count > self.after and not self.reason:
             try: work = [(b, *self._record(b, hypers)) for b in self._bundled(params)]
@@ -199,17 +199,6 @@ class FlatOptimizer(StatefulOptimizer):
             bundle.step(run, numbers, pooled)
             bundle.counts = fresh
             for state in bundle.states: state.update(fresh)
-    def _check_homes(self) -> None: # Are parameters still in modules, if they were?
-        mine = {id(p) for g in self.param_groups for p in g['params']}
-        if mine != self._homes[0]: self._homes = mine, _homes_of(mine)
-        lost = [(i, name) for ref, k, i, name in self._homes[1]
-                if id(getattr(ref(), '_parameters', {}).get(k)) != i]
-        if not lost or all(ref() is None for ref, *_ in self._homes[1]): return # No model is left
-        now = _homes_of(mine)
-        if gone := [name for i, name in lost if all(i != home[2] for home in now)]:
-            raise RuntimeError(f'{", ".join(gone[:4])} was replaced by another parameter, perhaps '
-                'by load_state_dict(assign=True): make the optimizer anew')
-        self._homes = mine, now
     def _kinds(self, params: Sequence[Tensor]) -> Iterable[list[Tensor]]: # Alike but for shape
         kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in params:

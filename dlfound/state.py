@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'named_tensors', 'module_state', 'load_module_state', 'attribute_state', 'load_attribute_state',
-           'stateful', 'opt_state_in_order', 'opt_values', 'load_opt_state', 'hyper', 'set_hyper', 'group_values',
-           'set_group_values', 'hyper_ratios', 'modes_kept', 'random_state', 'set_random_state', 'random_kept']
+           'stateful', 'Homes', 'opt_state_in_order', 'opt_values', 'load_opt_state', 'hyper', 'set_hyper',
+           'group_values', 'set_group_values', 'hyper_ratios', 'modes_kept', 'random_state', 'set_random_state',
+           'random_kept']
 
 # %% ../nbs/tools/state.ipynb #8c5006b3
+import gc
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
@@ -36,8 +39,7 @@ def map_tensors(
 
 # %% ../nbs/tools/state.ipynb #f1ac37dd
 def named_tensors(
-    x: Any, # As for `map_tensors`
-    at: str = '', # What the names begin with
+    x: Any, at: str = '', # As for `map_tensors`; what the names begin with
 ) -> Iterator[tuple[str, Tensor]]: # In the order of `map_tensors`; a tensor alone is called ''
     "The tensors of a structure, each with its place, as `('[1]['image']', tensor)`"
     if isinstance(x, Tensor): yield at, x
@@ -109,6 +111,26 @@ def stateful(owner: Any) -> dict[str, Any]: # By name
         found |= {k: v} | {f'{k}.{i}': x for i, x in inner}
     return {k: x for k, x in found.items()
             if hasattr(x, 'load_state_dict') and not isinstance(x, type)}
+
+# %% ../nbs/tools/state.ipynb #6a884450
+class Homes:
+    "Remembers which modules hold some parameters"
+    def __init__(self, params: Iterable[Tensor]): # In modules, or in none
+        self.ids = {id(p) for p in params}
+        self.found = self._look()
+    def _look(self) -> list[tuple[Any, str, int, str]]: # Module, key in it, parameter, name
+        return [(weakref.ref(m), k, id(p), f'{type(m).__name__}.{k}') for m in gc.get_objects()
+                if issubclass(type(m), nn.Module)
+                for k, p in vars(m).get('_parameters', {}).items() if id(p) in self.ids]
+    def lost(self) -> list[str]: # Empty where none of the modules is left, too
+        "Names of parameters that were in a module before, and are in none now"
+        held = {id(getattr(ref(), '_parameters', {}).get(k)) for ref, k, *_ in self.found}
+        away = {i: name for *_, i, name in self.found if i not in held}
+        if not away or all(ref() is None for ref, *_ in self.found): return []
+        now = self._look() # A parameter may have moved
+        gone = [name for i, name in away.items() if i not in {home[2] for home in now}]
+        self.found = self.found if gone else now
+        return gone
 
 # %% ../nbs/tools/state.ipynb #a323f969
 def opt_state_in_order(opt: Any, state: Mapping[str, Any]) -> dict[str, Any]: # No copies of tensors
