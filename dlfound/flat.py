@@ -162,6 +162,7 @@ class FlatOptimizer(StatefulOptimizer):
     def __init__(self, opt: StatefulOptimizer, after: int = 16): # Groups of `opt`; steps by lists
         if not isinstance(opt, StatefulOptimizer): raise TypeError(
             f'flat takes optimizers of steppers, got {type(opt).__name__}; flatten Together inside')
+        if type(after) is not int or after < 0: raise ValueError(f'steps count from 0: {after!r}')
         self.after, self.reason, self.form, self.split = after, '', 'lists', 'kinds'
         self._bundles: dict[Any, list[Bundle]] = {}
         self._homes: Homes | None = None

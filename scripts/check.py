@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from common import is_lesson, notebooks, read, root, source
-from lint_code import check_bases, check_module_sizes, check_private, check_times, check_widths
+from lint_code import check_bases, check_idle, check_module_sizes, check_private, check_times, check_widths
 from lint_notebooks import (check_cell_widths, check_directives, check_format, check_lesson_imports, check_lesson_sizes,
                             check_names, check_outputs, check_staircase, check_stored)
 from tables import rows

@@ -148,6 +148,14 @@ def check_times(tree: Path) -> list[str]:
             if is_time(a) and is_number(b) or is_number(a) and is_time(b)]
 
 
+def check_idle(tree: Path) -> list[str]:
+    "No `expect_fail(…)` of a notebook stands alone: without `with` its block is never entered, and nothing is checked"
+    return [f'{key(p, tree)}, cell {c.get("id")}, line {n.lineno}: expect_fail checks nothing alone: write '
+            'with expect_fail(…): and what is to fail' for p in notebooks(tree) for c in code_cells(read(p))
+            for n in ast.walk(parsed(c)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
+            and ast.unparse(n.value.func) == 'expect_fail']
+
+
 def check_widths(tree: Path) -> list[str]:
     "No line of a script, test or benchmark is wider than 120 columns"
     paths = [p for folder in ('scripts', 'tests', 'benchmarks') for p in sorted((tree / folder).glob('*.py'))]

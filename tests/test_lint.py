@@ -64,6 +64,12 @@ def test_wide_line_in_a_cell(tree):
         assert not check.check_cell_widths(put(tree, fine))
 
 
+def test_a_check_that_is_never_entered(tree):
+    [bad] = check.check_idle(put(tree, 'x = 1\nexpect_fail(lambda: 1 / 0, ZeroDivisionError)'))
+    assert 'line 2' in bad and 'checks nothing alone' in bad
+    assert not check.check_idle(put(tree, 'with expect_fail(ZeroDivisionError): 1 / 0'))
+
+
 @pytest.mark.parametrize('folder', ['scripts', 'tests', 'benchmarks'])
 def test_wide_line_in_a_file(tree, folder):
     [bad] = check.check_widths(put(tree, '\ny = ' + 117 * '1', f'{folder}/some.py'))
