@@ -98,7 +98,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 def tocs(*pages: str, **options: str) -> str:
     "A list of pages for the navigation alone"
     given = ''.join(f':{k}: {v}\n' for k, v in options.items())
-    return '```{toctree}\n:hidden:\n' + given + '\n' + '\n'.join(pages) + '\n```\n'
+    return '```{toctree}\n:hidden:\n:titlesonly:\n' + given + '\n' + '\n'.join(pages) + '\n```\n'
 
 
 def markdown(path: Path, text: str, tree: Path) -> str:
@@ -106,7 +106,7 @@ def markdown(path: Path, text: str, tree: Path) -> str:
     def link(m):
         to = (path.parent / m[1]).resolve()
         if to.is_dir(): return f']({m[1].rstrip("/")}/index.md)'
-        return f']({m[1].replace("README.md", "start.md")})'
+        return f']({m[1].replace("README.md", "start.md").replace("index.ipynb", "index.md")})'
     text = linked(text, path, notebooks(tree))
     return re.sub(r'\]\((?!\w+:|#|<)([^)#\s]+)(?=[)#])\)', link, text)
 
@@ -143,6 +143,7 @@ def code(c: dict, path: Path, name: str, tree: Path) -> list[dict]:
         tags.append('hide-input')
         book |= dict(code_prompt_show=f'Show {len(lines)} lines of code', code_prompt_hide='Hide the code')
     cell = dict(c, source='\n'.join(lines).strip('\n'), metadata=dict(tags=tags, mystnb=book))
+    for o in c['outputs']: o.get('data', {}).pop(verdict_type, None)
     return [*(text_cell(text, f'{c["id"]}-{i}') for i, text in enumerate(cells)), cell]
 
 
@@ -297,7 +298,8 @@ def pages(tree: Path) -> dict[str, str]:
     first = next(p for p in every if is_lesson(p))
     front = dict(intro=part.pop('intro'), first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
                  run=block(part['Start'], '```'), use=block(part['Using the package'], '```python'))
-    front |= {'lessons': '\n'.join(page(p, tree) for p in groups(tree))}
+    front['lessons'] = '\n'.join(page(p, tree) for p in groups(tree))
+    front['project'] = '\n'.join(sorted((p.stem for p in tree.glob('*.md') if p != readme), key=lambda n: n != 'CONTRIBUTING'))
     index = re.sub(r'\{\{(\w+)\}\}', lambda m: front[m[1]].strip(), (here / 'index.md').read_text('utf-8'))
     part.pop('Contributing', None)
     found = {'index.md': index, 'nbs/index.md': lessons(tree, before, after), 'nbs/tools/index.md': tools(tree),
@@ -308,6 +310,21 @@ def pages(tree: Path) -> dict[str, str]:
     for p in every:
         if p.stem != 'index': found[f'nbs/{key(p, tree)}'] = notebook(p, tree)
     return found | {f'api/{name}.rst': module_page(name, tree) for name in modules(tree)}
+
+
+def contents(tree: Path) -> str:
+    "llms.txt: what the site is, and the Markdown copy of each page"
+    readme = (tree / 'README.md').read_text('utf-8')
+    text = ['# dlfound', '', '> ' + re.search(r'^# .*\n+(.+)', readme)[1], '']
+    lists = {'Lessons': [(p, 'nbs/') for p in notebooks(tree) if is_lesson(p)],
+             'Tools': [(p, 'nbs/tools/') for p in notebooks(tree) if p.parent.name == 'tools']}
+    for what, found in lists.items():
+        text += [f'## {what}', '', *(f'- [{heading(p)[0]}]({at}{p.stem}.md): {heading(p)[1]}' for p, at in found), '']
+    text += ['## The package', '', *(f'- [dlfound.{m}](api/{m}.md): {summary(m, tree)}' for m in modules(tree)), '',
+             '## More', '', '- [Papers](papers.md): what papers claim, and what came of it',
+             '- [Measured](measured.md): what is ours beside what others have', '- [Set up](start.md)',
+             *(f'- [{p.stem.capitalize().replace("_", " ")}]({p.name})' for p in sorted(tree.glob('*.md')) if p.name != 'README.md')]
+    return '\n'.join(text) + '\n'
 
 
 def write(tree: Path, out: Path) -> None:

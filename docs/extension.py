@@ -14,6 +14,7 @@ import collect
 
 log = logging.getLogger(__name__)
 latex = LatexToMathML(fancy_error=False)
+linked = nodes.title, nodes.reference, addnodes.pending_xref, addnodes.download_reference
 called = re.compile(r'(\w+(?:\.\w+)*)(?:\(.*\))?', re.S)
 
 
@@ -49,7 +50,8 @@ def default(x) -> str:
 
 def parameters(app, what: str, name: str, obj, options, lines: list[str]) -> None:
     "A docstring, with the comments of parameters as a table below"
-    text = [rst(line) for line in lines if not line.lstrip().startswith(':ref:')]
+    text = [rst(line) for line in lines]
+    if what == 'data' and inspect.getdoc(obj) == inspect.getdoc(type(obj)): text = [] # The docstring of dict, say
     if what in ('class', 'function', 'method'):
         try: found = docments(obj, full=True)
         except (TypeError, ValueError, OSError): found = {}
@@ -83,7 +85,12 @@ def home(words: str, document: str) -> tuple[str, str] | None:
     if document.startswith('api/') and first in modules.get(document[4:], {}): owners = [document[4:]]
     if len(owners) > 1 and not makes: return None
     if owners: return 'obj', f'dlfound.{owners[0]}.{first}'
-    return ('obj', found[1]) if words.startswith('dlfound.') else None
+    gone = document == 'CHANGELOG' # It tells of names that there were
+    return ('obj', found[1]) if words.startswith('dlfound.') and not gone else None
+
+
+def parents(node: nodes.Node):
+    while node := node.parent: yield node
 
 
 class Names(SphinxTransform):
@@ -92,7 +99,7 @@ class Names(SphinxTransform):
 
     def apply(self) -> None:
         for node in [*self.document.findall(nodes.literal)]:
-            if isinstance(node.parent, (nodes.title, nodes.reference, addnodes.pending_xref)): continue
+            if any(isinstance(p, linked) for p in parents(node)): continue
             if not (found := home(node.astext(), self.env.docname)): continue
             kind, target = found
             link = addnodes.pending_xref('', node.deepcopy(), refdomain='py', reftype=kind, reftarget=target,
