@@ -52,7 +52,7 @@ html_last_updated_fmt = None
 html_show_copyright = False
 copybutton_exclude = '.linenos, .gp'
 html_theme_options = dict(
-    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], show_navbar_depth=1, max_navbar_depth=2, show_toc_level=2,
+    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], show_navbar_depth=1, max_navbar_depth=2, collapse_navbar=True, show_toc_level=2,
     use_download_button=bool(git_url), use_fullscreen_button=False, home_page_in_toc=False,
     toc_title='On this page', path_to_docs='', repository_branch='main')
 if on_github:

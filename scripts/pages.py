@@ -37,7 +37,7 @@ def missing() -> list[str]:
 def sphinx(builder: str, out: Path) -> list[str]:
     "Run Sphinx on the collected pages; what it warns of, or why it ended"
     said = work / f'{builder}.txt'
-    options = ['-n', '-q', '-b', builder, '-c', docs, '-d', work / 'doctrees', '-w', said]
+    options = ['-n', '-q', '-j', 'auto', '-b', builder, '-c', docs, '-d', work / 'doctrees', '-w', said]
     done = subprocess.run([sys.executable, '-m', 'sphinx', *options, work / 'pages', out], cwd=root, text=True,
                           env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     text = re.sub('\x1b.*?m', '', said.read_text('utf-8') if said.exists() else '')
