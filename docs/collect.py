@@ -117,7 +117,7 @@ def facts(path: Path, tree: Path) -> str:
     "A line below the title: what the notebook makes, and the time it takes"
     nb, made, name = read(path), [], module_of(read(path))
     if name in modules(tree):
-        made.append(f'Makes [`dlfound.{name}`]({"" if is_lesson(path) else "../"}../api/{name}.rst)')
+        made.append(f'Makes `dlfound.{name}`')
     if is_lesson(path):
         taken = seconds(manifest(tree).get(key(path, tree), {}).get('seconds', 0))
         made.append(f'{hours(nb)} {"hour" if float(hours(nb)) <= 1 else "hours"} to read, {taken} seconds to run')
@@ -181,7 +181,7 @@ def module_page(name: str, tree: Path) -> str:
             f'{where} :doc:`{heading(path)[0]} </{page(path, tree)}>` explains it.', '']
     if others: text += ['It also hands on ' + ', '.join(f'``{n}``' for n in others) + ', which other modules define.', '']
     for n, cell in own.items():
-        text += [n, '-' * len(n), '', f'.. auto{kinds[n]}:: dlfound.{name}.{n}', '']
+        text += [f'.. auto{kinds[n]}:: dlfound.{name}.{n}', '']
         if kinds[n] == 'class': text[-1:] = ['   :members:', '']
         if cell: text += [f'   :ref:`Where it is explained <{cell}>`', '']
     return '\n'.join(text)
@@ -296,7 +296,8 @@ def pages(tree: Path) -> dict[str, str]:
     part = parts(markdown(readme, readme.read_text('utf-8'), tree))
     before, after = pattern.sub('\0', part.pop('Lessons')).replace('](nbs/', '](').split('\0')
     first = next(p for p in every if is_lesson(p))
-    front = dict(intro=part.pop('intro'), first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
+    lead, rest = part.pop('intro').strip().split('\n\n', 1)
+    front = dict(lead=lead, rest=rest, first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
                  run=block(part['Start'], '```'), use=block(part['Using the package'], '```python'))
     front['lessons'] = '\n'.join(page(p, tree) for p in groups(tree))
     front['project'] = '\n'.join(sorted((p.stem for p in tree.glob('*.md') if p != readme), key=lambda n: n != 'CONTRIBUTING'))
@@ -309,7 +310,7 @@ def pages(tree: Path) -> dict[str, str]:
         if p != readme: found[p.name] = markdown(p, p.read_text('utf-8'), tree)
     for p in every:
         if p.stem != 'index': found[f'nbs/{key(p, tree)}'] = notebook(p, tree)
-    return found | {f'api/{name}.rst': module_page(name, tree) for name in modules(tree)}
+    return found | {f'api/{name}.rst': module_page(name, tree) for name in modules(tree) if name in explained(tree)}
 
 
 def contents(tree: Path) -> str:

@@ -19,11 +19,11 @@ html_title, html_baseurl = project, s.get('doc_url', '')
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton', 'sphinx_markdown_builder',
               'extension']
 exclude_patterns = ['.*']
+smartquotes = False
 
 # Notebooks, as they were saved
 nb_execution_mode = 'off'
 nb_render_markdown_format = 'myst'
-nb_number_source_lines = False
 nb_mime_priority_overrides = [('markdown', kind, i) for i, kind in enumerate(
     ['text/markdown', 'image/png', 'image/jpeg', 'text/plain'])]
 nb_merge_streams = True
@@ -37,6 +37,7 @@ autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
+toc_object_entries_show_parents = 'hide'
 nitpick_ignore_regex = [('py:.*', r'(?!dlfound\b).*')] # Types of other packages
 viewcode_follow_imported_members = False
 viewcode_line_numbers = True
@@ -50,9 +51,11 @@ html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
 html_show_copyright = False
+html_context = dict(default_mode='auto')
 copybutton_exclude = '.linenos, .gp'
 html_theme_options = dict(
-    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], show_navbar_depth=1, max_navbar_depth=2, collapse_navbar=True, show_toc_level=2,
+    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], show_toc_level=2,
+    show_navbar_depth=1, max_navbar_depth=2, collapse_navbar=True, # Else every page has all pages, twice the work
     use_download_button=bool(git_url), use_fullscreen_button=False, home_page_in_toc=False,
     toc_title='On this page', path_to_docs='', repository_branch='main')
 if on_github:

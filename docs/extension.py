@@ -1,7 +1,10 @@
 "What the site adds to Sphinx: formulas without a script, tables of parameters, and names in prose as links."
+import builtins
 import inspect
 import re
 
+import torch
+import torch.utils.data
 from docutils import nodes
 from fastcore.docments import docments
 from math_core import LatexError, LatexToMathML
@@ -15,6 +18,7 @@ import collect
 log = logging.getLogger(__name__)
 latex = LatexToMathML(fancy_error=False)
 linked = nodes.title, nodes.reference, addnodes.pending_xref, addnodes.download_reference
+others = torch, torch.nn, torch.nn.functional, torch.optim, torch.utils.data, builtins # Prose means theirs
 called = re.compile(r'(\w+(?:\.\w+)*)(?:\(.*\))?', re.S)
 
 
@@ -40,7 +44,7 @@ def rst(text: str) -> str:
 
 def type_name(x) -> str:
     if x is inspect.Parameter.empty: return ''
-    return '``' + re.sub(r'~?(?:[A-Za-z_]\w*\.)+', '', stringify_annotation(x, 'smart')) + '``'
+    return ':code:`' + re.sub(r'~?(?:[A-Za-z_]\w*\.)+', '', stringify_annotation(x, 'smart')) + '`'
 
 
 def default(x) -> str:
@@ -70,9 +74,10 @@ def parameters(app, what: str, name: str, obj, options, lines: list[str]) -> Non
 
 def home(words: str, document: str) -> tuple[str, str] | None:
     "The kind and the full name of what code in prose names, if it is something of dlfound"
-    found, path = called.fullmatch(words), collect.root / f'{document}.ipynb'
+    modules, found = collect.modules(), called.fullmatch(words)
     if not found: return None
-    modules = collect.modules()
+    path = collect.root / f'{document}.ipynb'
+    if document.startswith('api/'): path = collect.explained().get(document[4:], path)
     first, _, rest = found[1].partition('.')
     if first == 'dlfound':
         first, _, rest = rest.partition('.')
@@ -81,10 +86,9 @@ def home(words: str, document: str) -> tuple[str, str] | None:
     makes = [m for m, p in collect.explained().items() if p == path]
     bound = collect.bound(path) if path.exists() else {}
     owners = [m for m in [*makes, bound.get(first)] if first in modules.get(m, {})]
-    if not owners and first not in bound: owners = [m for m, names in modules.items() if first in names]
-    if document.startswith('api/') and first in modules.get(document[4:], {}): owners = [document[4:]]
-    if len(owners) > 1 and not makes: return None
-    if owners: return 'obj', f'dlfound.{owners[0]}.{first}'
+    telling = not first.islower() and not any(hasattr(m, first) for m in others) # `fit` may be anything
+    if not owners and first not in bound and telling: owners = [m for m, names in modules.items() if first in names]
+    if owners and (makes or len(owners) == 1): return 'obj', f'dlfound.{owners[0]}.{first}'
     gone = document == 'CHANGELOG' # It tells of names that there were
     return ('obj', found[1]) if words.startswith('dlfound.') and not gone else None
 
@@ -99,6 +103,7 @@ class Names(SphinxTransform):
 
     def apply(self) -> None:
         for node in [*self.document.findall(nodes.literal)]:
+            if 'code' in node['classes']: continue # The types of other packages have the same names
             if any(isinstance(p, linked) for p in parents(node)): continue
             if not (found := home(node.astext(), self.env.docname)): continue
             kind, target = found
