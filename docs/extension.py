@@ -1,13 +1,15 @@
-"What the site adds to Sphinx: formulas without a script, tables of parameters, and names in prose as links."
+"What the site adds to Sphinx: formulas without a script, tables of parameters, names in prose as links."
 import builtins
 import inspect
 import re
+from html import escape
 
 import torch
 import torch.utils.data
 from docutils import nodes
 from fastcore.docments import docments
 from math_core import LatexError, LatexToMathML
+from myst_nb.sphinx_ import HideCodeCellNode
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
@@ -34,12 +36,23 @@ def formula(visitor, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+# Code that folds
+
+def open_fold(visitor, node: HideCodeCellNode) -> None:
+    "MyST-NB's own, less a label that hides the words from screen readers"
+    shown, hidden = (f'<p class="{k} admonition-title">{escape(node[v])}</p>'
+                     for k, v in (('collapsed', 'prompt_show'), ('expanded', 'prompt_hide')))
+    kinds = ' '.join(node['classes'])
+    visitor.body.append(f'<details class="admonition hide {kinds}"><summary>{shown}{hidden}</summary>')
+
+
 # Modules
 
 def rst(text: str) -> str:
     "A line of a docstring or comment, in which code stands between single backticks, as reStructuredText"
     pieces = re.split(r'`+([^`]+)`+', text)
-    return ''.join(f'``{p}``' if i % 2 else re.sub(r'([\\|_*])', r'\\\1', p) for i, p in enumerate(pieces))
+    def kept(m): return m[0] if m[1] else f'\\{m[0]}' # *emphasis* stays
+    return ''.join(f'``{p}``' if i % 2 else re.sub(r'\*(\w(?:[^*]*\w)?)\*|[\\|_*]', kept, p) for i, p in enumerate(pieces))
 
 
 def type_name(x) -> str:
@@ -116,6 +129,7 @@ class Names(SphinxTransform):
 def setup(app):
     app.add_html_math_renderer('mathml', (formula, None), (formula, None))
     app.config.html_math_renderer = 'mathml'
+    app.add_node(HideCodeCellNode, True, html=(open_fold, lambda visitor, node: visitor.body.append('</details>')))
     app.add_transform(Names)
     app.connect('autodoc-process-docstring', parameters)
     return dict(parallel_read_safe=True)
