@@ -14,9 +14,12 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 root = here.parent
 sys.path.insert(0, str(root / 'scripts'))
-from common import code_cells, generated, is_lesson, key, manifest, module_of, notebooks, parsed, read, source
+import common
+from common import code_cells, generated, is_lesson, key, module_of, parsed, source
 from export import linked
 from tables import hours, pattern, rows, seconds
+
+read, manifest, notebooks = map(cache, (common.read, common.manifest, common.notebooks)) # Nothing here changes what they give
 
 verdict_type = 'application/vnd.dlfound.verdict+json'
 longest = 40 # Lines of a cell that are shown without a click
@@ -142,8 +145,9 @@ def code(c: dict, path: Path, name: str, tree: Path) -> list[dict]:
     if len(lines) > longest:
         tags.append('hide-input')
         book |= dict(code_prompt_show=f'Show {len(lines)} lines of code', code_prompt_hide='Hide the code')
-    cell = dict(c, source='\n'.join(lines).strip('\n'), metadata=dict(tags=tags, mystnb=book))
-    for o in c['outputs']: o.get('data', {}).pop(verdict_type, None)
+    outputs = [o | dict(data={k: v for k, v in o['data'].items() if k != verdict_type}) if 'data' in o else o
+               for o in c['outputs']]
+    cell = dict(c, source='\n'.join(lines).strip('\n'), outputs=outputs, metadata=dict(tags=tags, mystnb=book))
     return [*(text_cell(text, f'{c["id"]}-{i}') for i, text in enumerate(cells)), cell]
 
 
