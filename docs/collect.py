@@ -19,7 +19,8 @@ from common import code_cells, generated, is_lesson, key, module_of, parsed, sou
 from export import linked
 from tables import hours, pattern, rows, seconds
 
-read, manifest, notebooks = map(cache, (common.read, common.manifest, common.notebooks)) # Nothing here changes what they give
+# Nothing here changes what these give
+read, manifest, notebooks = map(cache, (common.read, common.manifest, common.notebooks))
 
 verdict_type = 'application/vnd.dlfound.verdict+json'
 longest = 40 # Lines of a cell that are shown without a click
@@ -183,7 +184,8 @@ def module_page(name: str, tree: Path) -> str:
     where = 'Lesson' if is_lesson(path) else 'The page'
     text = [title, '=' * len(title), '', f'.. automodule:: dlfound.{name}', '',
             f'{where} :doc:`{heading(path)[0]} </{page(path, tree)}>` explains it.', '']
-    if others: text += ['It also hands on ' + ', '.join(f'``{n}``' for n in others) + ', which other modules define.', '']
+    if others:
+        text += ['It also hands on ' + ', '.join(f'``{n}``' for n in others) + ', which other modules define.', '']
     for n, cell in own.items():
         text += [f'.. auto{kinds[n]}:: dlfound.{name}.{n}', '']
         if kinds[n] == 'class': text[-1:] = ['   :members:', '']
@@ -250,17 +252,19 @@ def papers(tree: Path) -> str:
                 lines.append([f'[{v["paper"]}](#{p.stem}-{c["id"]})', v['claim'], v['theirs'], v['ours'], v['verdict']])
         if lines: text += [f'## {heading(p)[0]}', '', table(['paper', 'claim', 'theirs', 'ours', 'verdict'], lines)]
     said = ', '.join(f'{n} {word}' for word, n in count.items()) or 'none yet'
-    return '\n'.join(['# Papers', '', 'What papers claim, and what came of it on a small machine. Each row is the output '
-                      'of a cell whose own numbers decide the verdict, and the paper links to that cell.', '',
-                      f'{sum(count.values())} claims so far: {said}. *Not at this scale* says that our experiment was too '
-                      'small to show the effect, not that the paper is wrong.', '', *text])
+    about = ('What papers claim, and what came of it on a small machine. Each row is the output of a cell whose own '
+             'numbers decide the verdict, and the paper links to that cell.')
+    total = (f'{sum(count.values())} claims so far: {said}. *Not at this scale* says that our experiment was too small '
+             'to show the effect, not that the paper is wrong.')
+    return '\n'.join(['# Papers', '', about, '', total, '', *text])
 
 
 def figure(x) -> str:
     "A measured value: seconds with their unit, anything else as it is"
     if not isinstance(x, dict): return '' if x is None else f'{x:g}' if isinstance(x, (int, float)) else plain(str(x))
     s = x['median_s']
-    unit, factor = next((u, f) for u, f in (('s', 1), ('ms', 1e3), ('µs', 1e6), ('ns', 1e9)) if s * f >= 1 or u == 'ns')
+    units = dict(s=1, ms=1e3, µs=1e6, ns=1e9)
+    unit, factor = next(((u, f) for u, f in units.items() if s * f >= 1), ('ns', 1e9))
     return f'{s * factor:.3g} {unit}'
 
 
@@ -294,6 +298,11 @@ def block(text: str, start: str) -> str:
     return re.search(rf'^{start}.*?^```$', text, re.M | re.S)[0]
 
 
+def others(tree: Path) -> list[Path]:
+    "The Markdown files beside README, how to contribute first"
+    return sorted((p for p in tree.glob('*.md') if p.stem != 'README'), key=lambda p: (p.stem != 'CONTRIBUTING', p))
+
+
 def pages(tree: Path) -> dict[str, str]:
     "All pages: the path of each, and its text"
     readme, every = tree / 'README.md', notebooks(tree)
@@ -304,14 +313,13 @@ def pages(tree: Path) -> dict[str, str]:
     front = dict(lead=lead, rest=rest, first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
                  run=block(part['Start'], '```'), use=block(part['Using the package'], '```python'))
     front['lessons'] = '\n'.join(page(p, tree) for p in groups(tree))
-    front['project'] = '\n'.join(sorted((p.stem for p in tree.glob('*.md') if p != readme), key=lambda n: n != 'CONTRIBUTING'))
+    front['project'] = '\n'.join(p.stem for p in others(tree))
     index = re.sub(r'\{\{(\w+)\}\}', lambda m: front[m[1]].strip(), (here / 'index.md').read_text('utf-8'))
     part.pop('Contributing', None)
     found = {'index.md': index, 'nbs/index.md': lessons(tree, before, after), 'nbs/tools/index.md': tools(tree),
              'start.md': '# Set up\n\n' + '\n'.join(f'## {k}\n{v}' for k, v in part.items()),
              'papers.md': papers(tree), 'measured.md': measured(tree), 'api/index.md': api(tree)}
-    for p in tree.glob('*.md'):
-        if p != readme: found[p.name] = markdown(p, p.read_text('utf-8'), tree)
+    for p in others(tree): found[p.name] = markdown(p, p.read_text('utf-8'), tree)
     for p in every:
         if p.stem != 'index': found[f'nbs/{key(p, tree)}'] = notebook(p, tree)
     return found | {f'api/{name}.rst': module_page(name, tree) for name in modules(tree) if name in explained(tree)}
@@ -328,7 +336,7 @@ def contents(tree: Path) -> str:
     text += ['## The package', '', *(f'- [dlfound.{m}](api/{m}.md): {summary(m, tree)}' for m in modules(tree)), '',
              '## More', '', '- [Papers](papers.md): what papers claim, and what came of it',
              '- [Measured](measured.md): what is ours beside what others have', '- [Set up](start.md)',
-             *(f'- [{p.stem.capitalize().replace("_", " ")}]({p.name})' for p in sorted(tree.glob('*.md')) if p.name != 'README.md')]
+             *(f'- [{p.stem.capitalize().replace("_", " ")}]({p.name})' for p in others(tree))]
     return '\n'.join(text) + '\n'
 
 

@@ -52,7 +52,8 @@ def rst(text: str) -> str:
     "A line of a docstring or comment, in which code stands between single backticks, as reStructuredText"
     pieces = re.split(r'`+([^`]+)`+', text)
     def kept(m): return m[0] if m[1] else f'\\{m[0]}' # *emphasis* stays
-    return ''.join(f'``{p}``' if i % 2 else re.sub(r'\*(\w(?:[^*]*\w)?)\*|[\\|_*]', kept, p) for i, p in enumerate(pieces))
+    special = re.compile(r'\*(\w(?:[^*]*\w)?)\*|[\\|_*]')
+    return ''.join(f'``{p}``' if i % 2 else special.sub(kept, p) for i, p in enumerate(pieces))
 
 
 def type_name(x) -> str:

@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-loaded = {'img': 'src', 'script': 'src', 'link': 'href', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src',
-          'embed': 'src', 'object': 'data'}
+loaded = dict(img='src', script='src', link='href', iframe='src', source='src', video='src', audio='src', embed='src',
+              object='data')
 elsewhere = re.compile(r'(?:https?:)?//')
 tags = re.compile(rf'<(?:a|{"|".join(loaded)})\s[^>]*>')
 styled = re.compile(r'<style.*?</style>|\sstyle="[^"]*"', re.S)
@@ -20,7 +20,9 @@ class Page(HTMLParser):
         self.silent: list[str] = []
         self.loads = [url for part in styled.findall(text) for url in style.findall(part)]
         self.ids = set(re.findall(r'\s(?:id|name)="([^"]*)"', text))
-        for tag in tags.findall(text): self.feed(tag) # To parse all would take ten times as long
+        for tag in tags.findall(text): # To parse all would take ten times as long
+            self.feed(tag)
+            self.clear_cdata_mode() # Which the tag of a script begins
 
     def handle_starttag(self, tag, attrs):
         given = {k: v or '' for k, v in attrs}

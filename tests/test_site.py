@@ -43,9 +43,11 @@ The [licence](LICENSE), and [lesson 01](nbs/01_second.ipynb).
 '''
 first = [
     '#| export\nfrom dlfound.kit import one\n_all_ = ["one"]', "open('ran', 'w')",
-    '#| export\ndef two(\n    n: int = 1, # How *often*, see `one`\n) -> int: # As many\n    "Two"\n    return n * (one() + 1)',
+    '#| export\ndef two(\n    n: int = 1, # How *often*, see `one`\n) -> int: # As many\n'
+    '    "Two"\n    return n * (one() + 1)',
     '#| fig-alt: A dot\npicture()', '#| hide\nsecret()', 'verdict()', '\n'.join(f'x = {i}' for i in range(50))]
-words = 'By $a^2$ we call `two()` of `dlfound.first`, as lesson 01 does, and [here](01_second.ipynb#a-part).\n\n$$\\sum_i b_i$$'
+words = ('By $a^2$ we call `two()` of `dlfound.first`, as lesson 01 does, and [here](01_second.ipynb#a-part).'
+         '\n\n$$\\sum_i b_i$$')
 dot = ('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==')
 claim = dict(verdict='in part', paper='Doe 2020', claim='more is | more', theirs='3', ours='2')
 
@@ -128,7 +130,7 @@ def test_names_lead_to_the_module_that_defines_them(clean):
 def test_cells(clean):
     lesson = page(clean, 'nbs/00_first.html')
     assert 'tag_exported' in lesson and '#|' not in lesson and 'alt="A dot"' in lesson
-    assert 'Show 50 lines of code' in lesson and lesson.count('<math') == 2 and 'mathjax' not in lesson.lower()
+    assert 'Show 50 lines of code' in lesson and lesson.count('<math') == 2 and 'mathjax.js' not in lesson.lower()
     assert 'In the package' in lesson and 'pip install' not in lesson
 
 
