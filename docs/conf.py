@@ -50,6 +50,7 @@ html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
 html_show_copyright = False
+html_show_search_summary = False # They are fetched, which a browser refuses to a page that was opened as a file
 html_context = dict(default_mode='auto')
 copybutton_exclude = '.linenos, .gp'
 html_theme_options = dict(
