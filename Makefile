@@ -1,12 +1,12 @@
 # `make` lists the targets; scripts/ holds what they do. PYTHON=… chooses the interpreter that makes .venv.
 .DEFAULT_GOAL := help
-.PHONY: help lab test export clean run bench full seeds hooks check env
+.PHONY: help lab test export clean run bench full seeds hooks check env site site-open pdf
 export PYTHON
 env := sh scripts/env.sh
 py := .venv/bin/python
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
 
 lab: ## open the first lesson in JupyterLab (ARGS="--no-browser --port 9999" are passed on)
 	@$(env) && exec $(py) scripts/lab.py $(ARGS)
@@ -38,6 +38,15 @@ bench: ## measure against peers; results go to benchmarks/results (NAME=matmul r
 
 hooks: ## teach git to merge and diff notebooks by cell, in this clone only
 	@$(env) && sh scripts/hooks.sh
+
+site: ## build the site into docs/_build, from the notebooks as they were saved
+	@$(env) && $(py) scripts/pages.py
+
+site-open: ## build the site and show it in a browser
+	@$(env) && $(py) scripts/pages.py open
+
+pdf: ## build the site and print it into docs/_build/dlfound.pdf, with Chromium
+	@$(env) && $(py) scripts/pages.py pdf
 
 env: ## make .venv, which the other targets do when they need it
 	@$(env)

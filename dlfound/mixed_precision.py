@@ -106,13 +106,13 @@ def sixteen_bits(
 ) -> Iterator[None]:
     "In the block layers with matrices compute with 16-bit copies, norms and the like in float32"
     outermost, others = _split(model, wide)
-    forwards = {m: _in_float32(m, _device(model), dtype) for m in outermost}
+    forwards = {m: _in_float32(m, _device(model), None) for m in outermost}
     homes, copies = list[tuple[Any, str, Tensor]](), dict[Tensor, Tensor]()
     for m in others:
         own = [(m, k, p) for k, p in m._parameters.items()
                if p is not None and p.dtype == torch.float32]
         held = own or [b for b in m._buffers.values() if b is not None and b.is_floating_point()]
-        matrix = any(sum(n > 1 for n in p.shape) > 1 for *_, p in own)
+        matrix = any(not nn.parameter.is_lazy(p) and p.squeeze().ndim > 1 for *_, p in own)
         listed = isinstance(m, nn.RNNBase) # It keeps a list of its parameters
         if matrix and not (listed or getattr(m, 'sparse', False)): # Sparse ones convert no gradient
             homes += own
@@ -137,11 +137,11 @@ class MixedPrecision(Callback):
         growth_interval: int = 2000, # Batches in a row without overflow after which it doubles
     ):
         if dtype not in _halves: raise ValueError('dtype is torch.bfloat16 or torch.float16, got '
-                                                  f'{dtype}; for float32 leave the callback out')
+                                                  f'{dtype!r}; for float32 leave the callback out')
         if init_scale is None and dtype == torch.float16: init_scale = 2.**16
         first = 1. if init_scale is None else init_scale
-        if not 0 < first < torch.inf or growth_interval < 1: raise ValueError(
-            f'init_scale is above 0, growth_interval from 1: {init_scale}, {growth_interval}')
+        if not 0 < first < 2.**128 or growth_interval < 1: raise ValueError('init_scale is above 0 '
+            f'and below 2**128, growth_interval from 1: {init_scale}, {growth_interval}')
         self.dtype, self.init_scale, self.growth_interval = dtype, init_scale, growth_interval
         self.scaler = self.make_scaler() if init_scale else None
         self.wide: list[str] = [] # Names of the layers that 16 bits break
@@ -188,7 +188,7 @@ class MixedPrecision(Callback):
         def look(hook: Any, m: nn.Module, inputs: Any, out: Any) -> None:
             if not found and finite(inputs) and not finite(out):
                 found.append((hook.name, 'its output is not finite'))
-        buffers = [(b, b.clone()) for b in model.buffers()]
+        buffers = [(b, b.clone()) for b in model.buffers() if not nn.parameter.is_lazy(b)]
         plain = {k: dict(v) for k, v in attribute_state(model).items()}
         trial = torch.no_grad(), random_kept(*model.modules()), Hooks(model, look, nn.Module)
         try:

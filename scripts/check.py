@@ -16,7 +16,7 @@ from lint_notebooks import (check_cell_widths, check_directives, check_format, c
 from tables import rows
 
 bin = Path(sys.executable).parent
-apart = '.venv', '.git', '__pycache__', '.hypothesis', '.ipynb_checkpoints', 'my'
+apart = '.venv', '.git', '__pycache__', '.hypothesis', '.ipynb_checkpoints', 'my', '_build', '_work'
 
 
 def generated(tree: Path, command: list, target: str) -> list[str]:

@@ -4,6 +4,7 @@ A module that was edited by hand is not overwritten: nothing is written then, an
 """
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -73,10 +74,10 @@ def navigation(path: Path, every: list[Path], git_url: str) -> str:
 def linked(text: str, path: Path, every: list[Path]) -> str:
     "`text` with the lessons that it names as links, those that there are: lesson 03, lessons 03 and 04"
     pages = {p.stem.split('_')[0]: p for p in every if is_lesson(p) and p != path}
-    folder = '' if path.parent == root / 'nbs' else '../'
 
     def link(words: str, number: str) -> str:
-        return f'[{words}]({folder}{pages[number].name})' if number in pages else words
+        if number not in pages: return words
+        return f'[{words}]({Path(os.path.relpath(pages[number], path.parent)).as_posix()})'
 
     def several(m: re.Match) -> str:
         return m[1] + re.sub(r'\d\d[a-z]?', lambda n: link(n[0], n[0]), m[2])

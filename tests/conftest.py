@@ -27,21 +27,24 @@ def alone():
     if multiprocessing.active_children(): gc.collect()
 
 
-@pytest.fixture
-def tree(tmp_path):
-    "A small course in a git-less folder: one tool, two lessons, clean and up to date"
+def course(folder):
+    "Write a small course to a folder without git: one tool, two lessons, clean and up to date"
     import json
     import shutil
     from small import lesson, write
     for name in 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE':
-        shutil.copy(root / name, tmp_path / name)
-    shutil.copytree(root / 'scripts', tmp_path / 'scripts', ignore=shutil.ignore_patterns('__pycache__'))
-    (tmp_path / 'dlfound').mkdir()
-    (tmp_path / 'dlfound/__init__.py').write_text('__version__ = "0.0.1"\n')
-    write(tmp_path / 'nbs/tools/kit.ipynb', lesson('kit', ['#| export\ndef one(): return 1', 'one()']))
+        shutil.copy(root / name, folder / name)
+    shutil.copytree(root / 'scripts', folder / 'scripts', ignore=shutil.ignore_patterns('__pycache__'))
+    (folder / 'dlfound').mkdir()
+    (folder / 'dlfound/__init__.py').write_text('__version__ = "0.0.1"\n')
+    write(folder / 'nbs/tools/kit.ipynb', lesson('kit', ['#| export\ndef one(): return 1', 'one()']))
     two = '#| export\nfrom dlfound.kit import one\ndef two(): return one() + 1'
-    write(tmp_path / 'nbs/00_first.ipynb', lesson('first', [two, 'two()']))
-    write(tmp_path / 'nbs/01_second.ipynb', lesson('second', ['from dlfound.first import two', 'two() + 1']))
-    (tmp_path / 'README.md').write_text('# small\n')
-    (tmp_path / 'nbs/outputs.json').write_text(json.dumps({}))
-    return tmp_path
+    write(folder / 'nbs/00_first.ipynb', lesson('first', [two, 'two()']))
+    write(folder / 'nbs/01_second.ipynb', lesson('second', ['from dlfound.first import two', 'two() + 1']))
+    (folder / 'README.md').write_text('# small\n')
+    (folder / 'nbs/outputs.json').write_text(json.dumps({}))
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path): return course(tmp_path)

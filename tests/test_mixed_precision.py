@@ -12,6 +12,7 @@ from loops import batches, by_hand, learner, net
 from torch import nn, optim
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from dlfound import norm
 from dlfound.flat import flat
@@ -442,3 +443,36 @@ def test_statistics_of_activations(kind, dtype):
         fit(*cbs, stats, epochs=2)
         found.append(stats.series('std'))
     assert_close(*found, rtol=.02, atol=.01) # As many batches, too: the trial was not counted
+
+
+@both
+@halves
+def test_inputs_that_float16_cannot_hold(kind, dtype):
+    data = [(x * 1e6, y) for x, y in batches(8, 8)]
+    found = []
+    for cbs in [], [kind(dtype)]:
+        learn = Learner(DataLoaders(data), net(), F.cross_entropy, lr=1e-15, cbs=cbs, progress=False)
+        told(lambda: learn.fit(1))
+        found.append(torch.tensor(learn[Recorder].losses))
+    assert_close(*found, rtol=.02, atol=0)
+
+
+@both
+def test_lazy_layers(kind):
+    torch.manual_seed(0)
+    learn = fit(kind(), model=nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Linear(8, 3)))
+    assert learn.model[0].weight.shape == (8, 6) and learn[kind].wide == []
+
+
+def test_activation_checkpoints():
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+        def forward(self, x): return checkpoint(self.inner, x, use_reentrant=False)
+    assert fit(AMP(torch.float16), model=Saves())[Recorder].losses == fit(AMP(torch.float16))[Recorder].losses
+
+
+@pytest.mark.parametrize('bad', [dict(init_scale=2.**128), dict(dtype='float16')])
+def test_arguments_are_told(bad):
+    with pytest.raises(ValueError, match=r"2\*\*128|'float16'"): AMP(**bad)

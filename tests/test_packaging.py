@@ -26,7 +26,7 @@ config = ConfigParser(delimiters=['='], interpolation=None)
 config.read(root / 'settings.ini', encoding='utf-8')
 s = config['DEFAULT']
 made = shutil.ignore_patterns('.venv', '.git', '*.egg-info', 'build', 'dist', '__pycache__', '.hypothesis',
-                              '.ipynb_checkpoints')
+                              '.ipynb_checkpoints', '_build', '_work')
 left_behind = ['nbs/.ipynb_checkpoints/00-checkpoint.ipynb', 'nbs/tools/.ipynb_checkpoints/x.ipynb',
                'nbs/.last_checked', 'my/notes.ipynb',
                'tests/__pycache__/x.cpython-311.pyc', 'dlfound/__pycache__/x.cpython-311.pyc']
