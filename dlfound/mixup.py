@@ -25,7 +25,8 @@ from .state import map_tensors, named_tensors
 def _reduction(loss_func: Any) -> Any: # `None`: there is no such choice
     "How a loss makes one number of many"
     if hasattr(loss_func, 'reduction'): return loss_func.reduction
-    try: return getattr(signature(loss_func).parameters.get('reduction'), 'default', None)
+    takes = getattr(loss_func, 'forward', loss_func)
+    try: return getattr(signature(takes).parameters.get('reduction'), 'default', None)
     except (TypeError, ValueError): return None # Written in C
 def _elements(loss_func: Any, pred: Any, target: Any) -> Tensor:
     "The losses before they become one number; the loss itself stays as it is"
@@ -204,7 +205,7 @@ class LabelSmoothing(nn.Module):
     def label_weight(self, target: Tensor) -> Any: # `None`: as many as there are losses
         "What the mean is taken over, as in PyTorch: labels, or their weights"
         known = partial(F.cross_entropy, weight=self.weight, ignore_index=self.ignore_index)
-        return label_weight(known, target)
+        return label_weight(known, target if target.is_floating_point() else target.long())
     def forward(
         self,
         pred: Tensor, # `(N, K, …)`, before softmax
@@ -213,12 +214,15 @@ class LabelSmoothing(nn.Module):
         dim = min(pred.ndim, 2) - 1
         costs = -pred.to(torch.promote_types(pred.dtype, torch.float32)).log_softmax(dim)
         if self.weight is not None:
+            if len(self.weight) != pred.shape[dim]: raise ValueError(
+                f'{len(self.weight)} weights for {pred.shape[dim]} classes; give one for each')
             costs = costs * self.weight.view(-1, *[1] * (pred.ndim - 1 - dim))
         if target.is_floating_point() and target.shape == pred.shape:
             each = ((1 - self.eps) * target + self.eps / pred.shape[dim]).mul(costs).sum(dim)
         elif target.shape == costs.select(dim, 0).shape:
             ignored = target == self.ignore_index
-            own = costs.gather(dim, target.masked_fill(ignored, 0).unsqueeze(dim)).squeeze(dim)
+            place = target.long().masked_fill(ignored, 0).unsqueeze(dim)
+            own = costs.gather(dim, place).squeeze(dim)
             each = own if not self.eps else (1 - self.eps) * own + self.eps * costs.mean(dim)
             each = each.masked_fill(ignored, 0)
         else: raise ValueError(f'predictions {tuple(pred.shape)} need a label for each, or shares '
@@ -236,4 +240,4 @@ def soft_accuracy(
     "The mean share of the predicted class in the target; of labels, the accuracy"
     dim = min(pred.ndim, 2) - 1
     if target.shape != pred.shape: return accuracy(pred, target)
-    return target.gather(dim, pred.argmax(dim, keepdim=True)).mean()
+    return target.gather(dim, pred.argmax(dim, keepdim=True)).float().mean()

@@ -407,3 +407,40 @@ def test_accuracy_of_shares(seed, n, k, rest):
     shares = columns(lam, pred) * rows(y, k) + (1 - columns(lam, pred)) * rows(partner, k)
     hits = [(pred.argmax(1) == t).float() for t in (y, partner)]
     close(soft_accuracy(pred, shares), (columns(lam, y) * hits[0] + (1 - columns(lam, y)) * hits[1]).mean())
+
+
+# What else PyTorch takes
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(1, 5), st.integers(2, 5), sizes, st.booleans(), st.booleans())
+def test_labels_may_be_bytes(seed, n, k, rest, weighted, ignoring):
+    pred, y, partner, lam, weight = drawn(seed, n, k, rest)
+    y.view(-1)[0] = 1
+    loss_func = LabelSmoothing(weight=weight if weighted else None, ignore_index=0 if ignoring else 255)
+    close(loss_func(pred, y.byte()), loss_func(pred, y))
+    close(mixed_loss(loss_func, pred, y.byte(), partner.byte(), lam), mixed_loss(loss_func, pred, y, partner, lam))
+
+
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_as_many_weights_as_classes(k):
+    with pytest.raises(ValueError, match=f'{k} weights for 3 classes'):
+        LabelSmoothing(weight=torch.ones(k))(torch.randn(4, 3), torch.zeros(4).long())
+
+
+@pytest.mark.parametrize('options', [dict(ignore_index=1), dict(weight=torch.zeros(3))])
+def test_a_mean_over_nothing_is_nan_as_in_pytorch(options):
+    pred, y = torch.randn(4, 3), torch.ones(4).long()
+    for loss_func in LabelSmoothing(**options), nn.CrossEntropyLoss(label_smoothing=.1, **options):
+        assert loss_func(pred, y).isnan() and mixed_loss(loss_func, pred, y, y, torch.rand(4)).isnan()
+
+
+def test_a_module_may_take_the_reduction_in_its_forward():
+    class Own(nn.Module):
+        def forward(self, pred, target, reduction='mean'): return F.cross_entropy(pred, target, reduction=reduction)
+    args = torch.randn(4, 3), torch.arange(4) % 3, torch.arange(4).flip(0) % 3, torch.rand(4)
+    close(mixed_loss(Own(), *args), mixed_loss(F.cross_entropy, *args))
+
+
+def test_accuracy_of_whole_numbers_in_rows():
+    pred, y = torch.randn(9, 3), torch.arange(9) % 3
+    assert soft_accuracy(pred, F.one_hot(y, 3)) == accuracy(pred, y)
