@@ -25,7 +25,8 @@ def run(command: list, env: dict) -> tuple[int, str]:
 def notebook(path: Path, env: dict, *options: str):
     "The notebook as Run All runs it in JupyterLab: every cell, in a kernel of its own"
     code, out = run([sys.executable, 'scripts/run.py', '--check', *options, key(path)], env)
-    ok = code == 0 and out.startswith('passed')
+    said = out.replace('IOStream.flush timed out\n', '') # By a worker's copy of the kernel, on a busy machine; harmless
+    ok = code == 0 and said.startswith('passed')
     return [(ok, ' '.join(['notebook', key(path), *options]), '' if ok else out)]
 
 
