@@ -32,7 +32,7 @@ class Colour:
         mix, pivot, shift = self.matrix[:, :3].split([3, 3, 1], 2)
         shift = (shift * top).to(x)
         if pivot.any():
-            around = seen[:, :, ::max(1, x.shape[2] // 32)].mean((2, 3))
+            around = seen[:, :, ::max(1, x.shape[2] // 32)].mean((2, 3)) # Of some rows
             shift = shift + pivot.to(x) @ around.expand(-1, 3)[..., None]
         if seen.shape[1] == 1 or bool((mix == mix[:, :1, :1] * torch.eye(3)).all()):
             gain = mix[:, :1].sum(2, keepdim=True)[..., None].to(x)
