@@ -14,30 +14,28 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .augment import Augment, SeededTransform, compiled_if, evenly, for_some
+from .augment import Augment, SeededTransform, evenly, for_some
 
 # %% ../nbs/09d_colour.ipynb #5a9b9871
-def _scaled(x: Tensor, gain: Tensor, shift: Tensor) -> None: x.mul_(gain).add_(shift) # In place
-def _mixed(x: Tensor, mix: Tensor, shift: Tensor) -> None: # `(n, 3, 3)` and `(n, 3, 1)`; in place
-    x.copy_(torch.baddbmm(shift, mix, x.flatten(2)).view_as(x))
 @dataclass(frozen=True)
 class Colour:
     "What happens to the colours of a batch; `b @ a` is first `a`, then `b`"
     matrix: Tensor # `(n, 7, 7)`, of a colour, the mean colour of its picture, and 1
     def __matmul__(self, before: 'Colour') -> 'Colour': return Colour(self.matrix @ before.matrix)
     def __bool__(self) -> bool: return not bool((self.matrix == torch.eye(7)).all())
-    def __call__(self, x: Tensor, top: float = 1., compile: bool = False) -> None:
+    def __call__(self, x: Tensor, top: float = 1.) -> None:
         "Change floats `(n, c, height, width)` from 0 to `top` in place; nothing is clamped"
         seen = x[:, :3 if x.shape[1] > 2 else 1] # Without opacity
         mix, pivot, shift = self.matrix[:, :3].split([3, 3, 1], 2)
-        shift = (shift * top).to(x)
-        if pivot.any():
+        one_factor, about = bool((mix == mix[:, :1, :1] * torch.eye(3)).all()), bool(pivot.any())
+        mix, pivot, shift = mix.to(x), pivot.to(x), (shift * top).to(x)
+        if about:
             around = seen[:, :, ::max(1, x.shape[2] // 32)].mean((2, 3)) # Of some rows
-            shift = shift + pivot.to(x) @ around.expand(-1, 3)[..., None]
-        if seen.shape[1] == 1 or bool((mix == mix[:, :1, :1] * torch.eye(3)).all()):
-            gain = mix[:, :1].sum(2, keepdim=True)[..., None].to(x)
-            compiled_if(compile, _scaled)(seen, gain, shift[:, :seen.shape[1], :, None])
-        else: compiled_if(compile, _mixed)(seen, mix.to(x), shift)
+            shift = shift + pivot @ around.expand(-1, 3)[..., None]
+        if seen.shape[1] == 1 or one_factor:
+            gain = mix[:, :1].sum(2, keepdim=True)[..., None]
+            seen.mul_(gain).add_(shift[:, :seen.shape[1], :, None])
+        else: seen.copy_(torch.baddbmm(shift, mix, seen.flatten(2)).view_as(seen))
 
 # %% ../nbs/09d_colour.ipynb #e31687cd
 Parts = tuple[Any, Any, Any] # Of a change: of the colour, of the mean, and what is added

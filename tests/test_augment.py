@@ -1,8 +1,10 @@
 "What the pages about augmentation cannot show: any shape, order, restart, and the loop's other features"
 import math
 from copy import deepcopy
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -237,3 +239,71 @@ def test_the_same_draws_on_an_accelerator():
     for t in all_of_them(), RandomErasing(1, fill='even'):
         there = t(x.to(device), Generator().manual_seed(0)).cpu()
         torch.testing.assert_close(there, t(x, Generator().manual_seed(0)), atol=1e-3, rtol=0)
+
+
+def test_a_batch_of_no_pictures():
+    t = all_of_them(size=8, target='masks', fill=3)
+    x, m = t((torch.rand(0, 3, 16, 12), torch.zeros(0, 16, 12, dtype=torch.long)))
+    assert x.shape == (0, 3, 8, 8) and m.shape == (0, 8, 8)
+
+
+def test_options_of_an_inner_transform_are_not_lost_in_silence():
+    for inner in augment_batch(flip(), size=8), augment_batch(flip(), padding='zeros'), augment_batch(flip(), target='boxes'):
+        with pytest.raises(ValueError, match='outer'): augment_batch(inner, rotate())
+    assert augment_batch(augment_batch(flip(), rotate(), seed=3), zoom()).geometry
+
+
+def test_nothing_lies_behind_the_horizon():
+    t = augment_batch(warp(.49, 1), zoom(.3, .3, 1), seed=0)
+    for size in (64, 64), (40, 90):
+        m = t.draw(1000, size).matrix
+        corners = torch.tensor([[a * size[1] / 2, b * size[0] / 2, 1.] for a in (-1, 1) for b in (-1, 1)]).double()
+        assert (m[:, 2] @ corners.T > 0).all()
+    usual = augment_batch(warp(.2, 1), zoom(p=1), seed=0).draw(1000, (64, 64)).matrix
+    assert usual[:, 2, :2].abs().max() > .2 / 64
+
+
+@pytest.mark.parametrize('dtype, fill', [(torch.uint8, -1), (torch.uint8, 300), (torch.bool, 2), (torch.int8, 255)])
+def test_a_class_that_masks_cannot_hold(dtype, fill):
+    draw = augment_batch(rotate(p=1), fill=fill, seed=0).draw(2, (8, 8))
+    with pytest.raises(ValueError, match='hold'): draw.masks(torch.zeros(2, 8, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize('size', [0, 8., -3, (8, 0), (8, 4.5), '8'])
+def test_sizes_that_make_no_sense(size):
+    with pytest.raises((ValueError, TypeError)): augment_batch(rotate(), size=size)
+
+
+def test_sizes_of_numpy():
+    x = torch.rand(2, 3, 16, 12)
+    for size in np.int64(8), [8, 8], (np.int32(8), 8): assert augment_batch(rotate(), size=size)(x).shape[2:] == (8, 8)
+
+
+def test_what_is_no_batch_of_pictures():
+    t = augment_batch(rotate(), target='masks')
+    with pytest.raises(ValueError, match='masks'): t(torch.rand(2, 3, 8, 8))
+    with pytest.raises(TypeError, match='tensors'): augment_batch(rotate())(np.zeros((2, 3, 8, 8), 'float32'))
+
+
+@pytest.mark.parametrize('degrees', [-1, 181, float('nan')])
+def test_angles_that_make_no_sense(degrees):
+    with pytest.raises(ValueError): rotate(degrees)
+
+
+@pytest.mark.parametrize('n, shape', [(1, (3, 8, 8)), (7, (3, 200, 210)), (40, (1, 90, 90)), (9, (4, 128, 128))])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.uint8])
+def test_pieces_give_what_one_picture_at_a_time_gives(n, shape, dtype):
+    x = torch.rand(n, *shape, dtype=torch.float64)
+    x = (x * 255).byte() if dtype == torch.uint8 else x.to(dtype)
+    draw = all_of_them(seed=0).draw(n, shape[1:])
+    y = draw.images(x)
+    for i in range(n):
+        colour = draw.colour and type(draw.colour)(draw.colour.matrix[i:i + 1])
+        one = replace(draw, matrix=draw.matrix[i:i + 1], colour=colour).images(x[i:i + 1])
+        torch.testing.assert_close(y[i:i + 1], one, atol=1e-6, rtol=0)
+
+
+def test_gradients_pass_through():
+    x = torch.rand(6, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    draw = all_of_them(seed=0).draw(6, (16, 16))
+    assert torch.autograd.gradcheck(lambda t: draw.images(t).sum((1, 2, 3)), (x,), atol=1e-4)
