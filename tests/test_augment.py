@@ -248,7 +248,8 @@ def test_a_batch_of_no_pictures():
 
 
 def test_options_of_an_inner_transform_are_not_lost_in_silence():
-    for inner in augment_batch(flip(), size=8), augment_batch(flip(), padding='zeros'), augment_batch(flip(), target='boxes'):
+    for options in dict(size=8), dict(padding='zeros'), dict(target='boxes'):
+        inner = augment_batch(flip(), **options)
         with pytest.raises(ValueError, match='outer'): augment_batch(inner, rotate())
     assert augment_batch(augment_batch(flip(), rotate(), seed=3), zoom()).geometry
 

@@ -1,12 +1,10 @@
-"What the page about colours cannot show: any order, shape and type, and that the compiler is asked"
-from unittest.mock import patch
+"What the page about colours cannot show: any order, shape and type"
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Generator
 
-import dlfound.augment
 from dlfound.augment import augment_batch
 from dlfound.colour import Colour, RandomErasing, brightness, contrast, hue, saturation
 
@@ -85,21 +83,6 @@ def test_memory_formats_and_slices_change_in_place():
             drawn(kind)(i)
             torch.testing.assert_close(i, wanted.to(i))
         assert torch.equal(part[:, 3], x[:, 3])
-
-
-def test_the_compiler_is_asked_for_both_passes():
-    asked = []
-    def compiler(f, **kwargs):
-        asked.append(f.__name__)
-        return f
-    x = torch.rand(4, 3, 8, 8)
-    dlfound.augment._compiled.cache_clear()
-    with patch('torch.compile', compiler):
-        for kinds in [brightness(p=1)], [brightness(p=1), hue(p=1)]:
-            y = augment_batch(*kinds, compile=True, seed=0)(x)
-            assert torch.equal(y, augment_batch(*kinds, seed=0)(x))
-    dlfound.augment._compiled.cache_clear()
-    assert len(asked) == 2 and asked[0] != asked[1]
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
