@@ -27,11 +27,10 @@ class Colour:
         "Change floats `(n, c, height, width)` from 0 to `top` in place; nothing is clamped"
         seen = x[:, :3 if x.shape[1] > 2 else 1] # Without opacity
         mix, pivot, shift = self.matrix[:, :3].split([3, 3, 1], 2)
-        one_factor, about = bool((mix == mix[:, :1, :1] * torch.eye(3)).all()), bool(pivot.any())
-        mix, pivot, shift = mix.to(x), pivot.to(x), (shift * top).to(x)
-        if about:
-            around = seen[:, :, ::max(1, x.shape[2] // 32)].mean((2, 3)) # Of some rows
-            shift = shift + pivot @ around.expand(-1, 3)[..., None]
+        one_factor = bool((mix == mix[:, :1, :1] * torch.eye(3)).all())
+        mix, shift = mix.to(x), (shift * top).to(x)
+        if pivot.any():
+            shift = shift + pivot.to(x) @ seen.mean((2, 3)).expand(-1, 3)[..., None]
         if seen.shape[1] == 1 or one_factor:
             gain = mix[:, :1].sum(2, keepdim=True)[..., None]
             seen.mul_(gain).add_(shift[:, :seen.shape[1], :, None])
@@ -62,6 +61,7 @@ def saturation(change: float = .2, p: float = .75) -> Augment: # Factors from `1
     return _colour(change, p, lambda k, same, grey: ((1 + k) * same - k * grey, 0, 0))
 def hue(degrees: float = 20., p: float = .75) -> Augment: # The largest angle, to both sides
     "Colours turn around the axis of grey, and grey stays as it is"
+    if not 0 <= degrees <= 180: raise ValueError(f'an angle is from 0 to 180, got {degrees}')
     def turn(k: Tensor, same: Tensor, grey: Tensor) -> Parts:
         angle, third = k * math.pi, torch.full_like(same, 1 / 3)
         across = (same.roll(1, 0) - same.roll(-1, 0)) / 3**.5
@@ -82,8 +82,9 @@ class RandomErasing(SeededTransform):
         super().__init__(self.erase, seed)
         if not (0 <= p <= 1 and 0 < area[0] <= area[1] <= 1 <= ratio): raise ValueError(
             f'p and area are from 0 to 1, ratio from 1 on, got {p}, {area}, {ratio}')
-        if isinstance(fill, str) and fill not in ('normal', 'even'): raise ValueError(
-            f"fill is 'normal', 'even', a number, or one for each channel; got {fill!r}")
+        if fill is None or isinstance(fill, str) and fill not in ('normal', 'even'):
+            raise ValueError(
+                f"fill is 'normal', 'even', a number, or one for each channel; got {fill!r}")
         self.p, self.area, self.ratio, self.fill = p, area, ratio, fill
     def rectangles(self, n: int, size: tuple[int, int], g: Generator) -> Tensor:
         "`(4, n)`: top, left, height and width in pixels; a height of 0 for those left alone"
@@ -97,6 +98,7 @@ class RandomErasing(SeededTransform):
         return torch.stack([top, left, h * (torch.rand(n, generator=g) < self.p), w]).long()
     def erase(self, x: Tensor, g: Generator) -> Tensor: # `x` itself if no rectangle was drawn
         "Draw rectangles in pictures `(n, c, height, width)`, and fill them"
+        if x.ndim != 4: raise ValueError(f'erases in (n, c, height, width), got {tuple(x.shape)}')
         top, left, h, w = self.rectangles(len(x), (x.shape[-2], x.shape[-1]), g)
         if not h.any(): return x
         def between(start: Tensor, k: Tensor, size: int) -> Tensor: # `(n, size)`
@@ -105,7 +107,11 @@ class RandomErasing(SeededTransform):
         rows, columns = between(top, h, x.shape[-2]), between(left, w, x.shape[-1])
         hidden = (rows[:, None, :, None] & columns[:, None, None]).expand_as(x)
         if not isinstance(self.fill, str):
-            return x.where(~hidden, torch.as_tensor(self.fill).to(x).view(-1, 1, 1))
+            given = torch.as_tensor(self.fill).double().flatten().cpu()
+            exact = x.is_floating_point() or torch.equal(given.to(x.dtype).double(), given)
+            if not (exact and len(given) in (1, x.shape[1])): raise ValueError(
+                f'a fill of {self.fill} does not fit {x.shape[1]} channels of {x.dtype}')
+            return x.where(~hidden, given.to(x).view(-1, 1, 1))
         if self.fill == 'normal' and not x.is_floating_point(): raise ValueError(
             "'normal' is noise for normalised floats; for bytes say fill='even'")
         draw = torch.randn if self.fill == 'normal' else torch.rand

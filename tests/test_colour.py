@@ -19,7 +19,7 @@ def drawn(kind, n=4, size=(8, 8), seed=0, **kwargs): return kind(p=1, **kwargs).
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.permutations(kinds), st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+@given(st.permutations(kinds), st.integers(1, 4), st.integers(1, 70), st.integers(1, 20), st.integers(0, 99))
 def test_a_product_is_one_change_after_another(order, c, h, w, seed):
     x = torch.rand(4, c, h, w, generator=seeded(seed), dtype=torch.float64)
     colours = [drawn(k, seed=seed + i) for i, k in enumerate(order)]
@@ -138,3 +138,21 @@ def test_every_channel_gets_its_own_fill_and_noise_its_range():
                                   lambda: RandomErasing(area=(0., .3)), lambda: RandomErasing(fill='white')])
 def test_settings_that_make_no_sense(make):
     with pytest.raises(ValueError): make()
+
+
+def test_contrast_keeps_the_mean_of_thin_stripes():
+    x = torch.tensor([1., 0]).repeat(64)[:, None].expand(4, 3, 128, 128).clone()
+    drawn(contrast, change=1.)(x)
+    torch.testing.assert_close(x.mean((1, 2, 3)), torch.full((4,), .5))
+
+
+@pytest.mark.parametrize('fill', [300, -1, .5, (1, 2), (1, 2, 3, 4), (1, 2, 999)])
+def test_a_fill_that_bytes_or_channels_cannot_hold(fill):
+    with pytest.raises(ValueError, match='does not fit 3'): RandomErasing(1, fill=fill)(torch.zeros(2, 3, 8, 8).byte())
+
+
+def test_what_is_no_batch_of_pictures():
+    with pytest.raises(ValueError, match='height, width'): RandomErasing(1)(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match='one for each'): RandomErasing(fill=None)
+    with pytest.raises(ValueError, match='0 to 180'): hue(200)
+    with pytest.raises(ValueError, match='does not fit 1'): RandomErasing(1, fill=(1, 2, 3))(torch.zeros(2, 1, 8, 8))
