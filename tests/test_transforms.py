@@ -157,6 +157,12 @@ def test_a_bend_stays_within_the_picture(tilt, perspective, seed):
     assert -1e-6 < (y / z).min() and (y / z).max() < 30 + 1e-6
 
 
+def test_turns_go_as_far_as_was_said_to_both_sides():
+    with seeded(0):
+        angles = torch.stack([RandomWarp(30).matrix((40, 30))[1, 0].asin().rad2deg() for _ in range(400)])
+    assert -30 <= angles.min() < -29 and 29 < angles.max() <= 30 and abs(angles.mean()) < 3
+
+
 def test_a_tilt_changes_one_side_only():
     corners = torch.tensor([[0, 0, 1], [40, 0, 1], [40, 30, 1], [0, 30, 1.]], dtype=torch.float64).T
     seen = set()
