@@ -69,7 +69,7 @@ def _picture(image: Any, fill: Any = 0) -> Image.Image:
     "The same; an error, if it is no picture with pixels, or `fill` is no colour in its mode"
     if not isinstance(image, Image.Image) or 0 in image.size: raise TypeError(
         f'a PIL picture with pixels, no {type(image).__name__}; first open_image, last to_tensor')
-    try: Image.new(image.mode, (1, 1), fill)
+    try: Image.new(image.mode.replace('P', 'L'), (1, 1), fill) # In P: a number
     except (TypeError, ValueError) as e: raise ValueError(
         f'no colour of mode {image.mode} is fill={fill!r}; open all pictures in one mode') from e
     return image
@@ -184,7 +184,7 @@ def warp(
     fill: int | tuple[int, ...] = 0, # Where the picture has nothing; for masks: a class for it
 ) -> Image.Image: # Of the same size and mode
     "Turn or bend a picture by one resample, which is not antialiased where it shrinks"
-    if matrix.shape != (3, 3) or not (matrix / matrix[2, 2]).isfinite().all(): raise ValueError(
+    if matrix.shape != (3, 3) or not torch.isfinite(matrix / matrix[2, 2]).all(): raise ValueError(
         f'a matrix is (3, 3), of finite numbers, the last of them not 0; got {matrix}')
     deep = _picture(image, fill).mode.startswith('I;16') # `transform` would part the two bytes
     x = Image.fromarray(np.asarray(image, np.float32)) if deep else image
@@ -241,7 +241,7 @@ def adjust(
     if saturation != 1: x = Image.blend(x.convert('L').convert(x.mode), x, saturation)
     if hue % 1 and x.mode == 'RGB':
         h, s, v = x.convert('HSV').split()
-        h = h.point([(i + round(hue * 255)) % 255 for i in range(256)]) # 255 is a whole turn
+        h = h.point([(i + round(float(hue) * 255)) % 255 for i in range(256)]) # 255 is a whole turn
         x = Image.merge('HSV', (h, s, v)).convert('RGB')
     if image.mode.endswith('A'): x.putalpha(image.getchannel('A'))
     return x

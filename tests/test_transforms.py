@@ -287,6 +287,7 @@ def test_numbers_of_any_kind_are_taken():
     assert Flip(True).p == 1 and ColorJitter(1, p=0).p == 0
     for two in (.5, 1), [.5, 1], np.array([.5, 1]), torch.tensor([.5, 1]):
         assert RandomResizedCrop(8, two, two).scale == [.5, 1]
+    assert adjust(scene, hue=torch.tensor(.25)).tobytes() == adjust(scene, hue=.25).tobytes()
     bent = RandomWarp(perspective=torch.tensor(.1), tilt=np.float32(.1))(scene)
     assert bent.size == scene.size
 
@@ -307,7 +308,7 @@ def test_a_warp_has_three_filters(known):
         with pytest.raises(ValueError, match='Use .*BILINEAR'): make()
 
 
-@pytest.mark.parametrize('mode,fill', [*((mode, (1, 2, 3)) for mode in ('L', 'LA', '1', 'F', 'I', 'I;16')),
+@pytest.mark.parametrize('mode,fill', [*((mode, (1, 2, 3)) for mode in ('L', 'LA', '1', 'P', 'F', 'I', 'I;16')),
                                        ('RGB', (1, 2)), ('RGB', math.nan), ('I;16', math.nan), ('L', .5),
                                        ('RGB', 'nocolour')])
 def test_a_fill_that_is_no_colour_of_the_mode(mode, fill):
