@@ -165,6 +165,7 @@ def test_fit_is_near_that_of_float32(kind, dtype):
     assert_close(torch.tensor(mixed[Recorder].losses), torch.tensor(plain[Recorder].losses), rtol=.02, atol=.01)
     assert mixed[kind].skipped == 0 and (mixed[kind].scale is None) == (dtype == torch.bfloat16)
     assert {p.dtype for p in mixed.params} | {mixed.get_preds()[0].dtype} == {torch.float32}
+    assert mixed.predict(torch.randn(6)).dtype == torch.float32
 
 
 @both
