@@ -481,12 +481,3 @@ def test_labels_out_of_range_are_named_and_options_printed():
         with pytest.raises(ValueError, match=rf'labels go from 0 to 2, got \[{k}\]'):
             LabelSmoothing()(torch.randn(4, 3), torch.tensor([0, 1, k, 2]))
     assert repr(LabelSmoothing(.2, reduction='sum')) == "LabelSmoothing(eps=0.2, ignore_index=-100, reduction='sum')"
-
-
-def test_a_reduction_that_cannot_be_set():
-    class Fixed(nn.Module):
-        @property
-        def reduction(self): return 'mean'
-        def forward(self, pred, target): return F.cross_entropy(pred, target)
-    with pytest.raises(TypeError, match='the reduction of Fixed cannot be set'):
-        mixed_loss(Fixed(), torch.randn(2, 3), torch.arange(2), torch.arange(2), torch.rand(2))
