@@ -179,10 +179,17 @@ class Names(SphinxTransform):
             node.replace_self(link)
 
 
+def search_page(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    "Its own scripts, which show a line of text for what is found"
+    if pagename == 'search':
+        for name in ('prose.js', 'search.js'): app.add_js_file(name)
+
+
 def setup(app):
     app.add_html_math_renderer('mathml', (formula, None), (formula, None))
     app.config.html_math_renderer = 'mathml'
     app.add_node(HideCodeCellNode, True, html=(open_fold, lambda visitor, node: visitor.body.append('</details>')))
     app.add_transform(Names)
     app.connect('autodoc-process-docstring', parameters)
+    app.connect('html-page-context', search_page)
     return dict(parallel_read_safe=True)

@@ -136,7 +136,7 @@ def test_cells(clean):
 
 def test_what_is_gathered(clean):
     assert all(word in page(clean, 'papers.html') for word in ('Doe 2020', 'more is | more', '1 in part', 'in part'))
-    assert all(word in page(clean, 'measured.html') for word in ('2 ms', '4 ms', 'AVX2', 'Dots.'))
+    assert all(word in page(clean, 'measured.html') for word in ('2\xa0ms', '4\xa0ms', 'AVX2', 'Dots.'))
     assert '[00 first](nbs/00_first.md)' in page(clean, 'llms.txt')
     copies = {p.with_suffix('') for p in (clean[1] / 'docs/_build').rglob('*.md')}
     assert copies >= {p.with_suffix('') for p in (clean[1] / 'docs/_build/nbs').glob('*.html')}
