@@ -82,7 +82,9 @@ def explained(tree: Path = root) -> dict[str, Path]:
 def bound(path: Path) -> dict[str, str]:
     "What the code of a notebook binds: names with the module of dlfound that they come from, or with nothing"
     found = {}
-    for n in (n for c in code_cells(read(path)) for n in ast.walk(parsed(c))):
+    every = [n for c in code_cells(read(path)) for n in ast.walk(parsed(c))]
+    methods = {id(m) for n in every if isinstance(n, ast.ClassDef) for m in n.body if isinstance(m, ast.FunctionDef)}
+    for n in (n for n in every if id(n) not in methods):
         if isinstance(n, ast.ImportFrom):
             home = n.module.removeprefix('dlfound.') if (n.module or '').startswith('dlfound.') else ''
             for a in n.names: found[a.asname or a.name] = home
@@ -267,7 +269,8 @@ def papers(tree: Path) -> str:
     for p in notebooks(tree):
         lines = [[f'[{v["paper"]}](#{p.stem}-{cell})', v['claim'], v['theirs'], v['ours'], v['verdict']]
                  for cell, v in verdicts(p)]
-        if lines: text += [f'## {heading(p)[0]}', '', even('papers', ['paper', 'claim', 'theirs', 'ours', 'verdict'], lines)]
+        head = ['paper', 'claim', 'theirs', 'ours', 'verdict']
+        if lines: text += [f'## {heading(p)[0]}', '', even('papers', head, lines)]
     about = ('What papers claim, and what came of it on a small machine. Each row is the output of a cell whose own '
              'numbers decide the verdict, and the paper links to that cell.')
     total = (f'{became(tree)}. *Not at this scale* says that our experiment was too small '
@@ -295,7 +298,8 @@ def measured(tree: Path) -> str:
         m = found['machine']
         versions = ', '.join(f'{k} {v}' for k, v in m['versions'].items() if v)
         lines = [[plain(r['what']), f'{r["ratio"]:.3g}' if isinstance(r['ratio'], float) else figure(r['ratio']),
-                  plain(r['goal'] or '').replace('\\>= ', '≥\u00a0'), {True: 'yes', False: 'no'}.get(r['met'], ''), figure(r['ours']),
+                  plain(r['goal'] or '').replace('\\>= ', '≥\u00a0'),
+                  {True: 'yes', False: 'no'}.get(r['met'], ''), figure(r['ours']),
                   figure(r['peer'])] for r in found['results']]
         text += [f'## {path.stem}', '', plain(about), '', f'{m["cpu"]}, {m["vector_unit"]}, {m["threads"]} of '
                  f'{m["cores"]} cores, {m["system"]}, Python {m["python"]}, {versions}.', '',
@@ -336,7 +340,8 @@ def prose(tree: Path, found: dict[str, str]) -> dict[str, list[str]]:
         text[f'api/{name}'] = [summary(name, tree)]
         for n in (n for n in code.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))):
             for at, x in [(n.name, n), *((f'{n.name}.{m.name}', m) for m in n.body if isinstance(m, ast.FunctionDef))]:
-                if said := ast.get_docstring(x): text[f'api/{name}#dlfound.{name}.{at}'] = [' '.join(said.split())]
+                said = (ast.get_docstring(x) or '').replace('`', '').split()
+                if said: text[f'api/{name}#dlfound.{name}.{at}'] = [' '.join(said)]
     return {k: v for k, v in text.items() if v}
 
 
@@ -365,7 +370,8 @@ def pages(tree: Path) -> dict[str, str]:
     lead, rest = part.pop('intro').strip().split('\n\n', 1)
     picture, rest = re.match(r'((?:!\[.*\n+\*.*\n*)?)([\s\S]*)', rest).groups()
     begin = f'[Read it](nbs/{key(first, tree)})'
-    front = dict(lead=lead, rest=rest, picture=picture, begin=begin, first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
+    front = dict(lead=lead, rest=rest, picture=picture, begin=begin,
+                 first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
                  run=block(part['Start'], '```'), use=block(part['Using the package'], '```python'))
     front |= questions(tree)
     front['lessons'] = '\n'.join(page(p, tree) for p in groups(tree))

@@ -133,7 +133,8 @@ def member(module: str, name: str, attribute: str) -> str:
         where = c.__module__.removeprefix('dlfound.')
         if attribute not in vars(c): continue
         told = inspect.isroutine(vars(c)[attribute]) and inspect.getdoc(getattr(c, attribute))
-        return f'{c.__module__}.{c.__name__}.{attribute}' if told and c.__name__ in collect.modules().get(where, {}) else whole
+        listed = told and c.__name__ in collect.modules().get(where, {})
+        return f'{c.__module__}.{c.__name__}.{attribute}' if listed else whole
     ours = [inspect.getsource(c) for c in x.__mro__ if c.__module__.startswith('dlfound.')]
     said = hasattr(x, '__getattr__') or any(re.search(rf'\b{attribute}\b', text) for text in ours)
     return whole if said else f'{whole}.{attribute}'
