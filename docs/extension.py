@@ -132,7 +132,8 @@ def member(module: str, name: str, attribute: str) -> str:
     for c in x.__mro__:
         where = c.__module__.removeprefix('dlfound.')
         if attribute not in vars(c): continue
-        told = inspect.isroutine(vars(c)[attribute]) and inspect.getdoc(getattr(c, attribute))
+        method = inspect.isroutine(vars(c)[attribute]) and not attribute.startswith('_')
+        told = method and inspect.getdoc(getattr(c, attribute))
         listed = told and c.__name__ in collect.modules().get(where, {})
         return f'{c.__module__}.{c.__name__}.{attribute}' if listed else whole
     ours = [inspect.getsource(c) for c in x.__mro__ if c.__module__.startswith('dlfound.')]

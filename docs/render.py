@@ -25,7 +25,7 @@ def run(work: Path, builder: str, jobs: int) -> int:
 
 def render(work: Path, builders: list[str]) -> int:
     "Read the pages, then a process for each form; how the worst of them ended"
-    gc.disable() # Millions of objects live to the end, and looking through them again and again takes a quarter of the time
+    gc.disable() # Millions of objects live to the end, and looking through them takes a quarter of the time
     inspect.getsourcelines = cache(inspect.getsourcelines) # Each is asked for five times,
     SearchEnglish.stem = cache(SearchEnglish.stem) # and every word once a page
     read = run(work, 'dummy', cores)
