@@ -250,8 +250,8 @@ def show_batch(
         titles = [names[i] if names else f'{i}' for i in labels.tolist()]
     if not (x.min() >= 0 and x.max() <= 1): raise ValueError(
         f'show floats from 0 to 1, before they are normalised; got {x.min():.2f} to {x.max():.2f}')
-    rows, size = -(-len(x) // columns), 8 / columns
-    figure, axes = pyplot.subplots(rows, columns, figsize=(8, 1.2 * size * rows), dpi=70,
+    rows, wide, side = -(-len(x) // columns), min(len(x), columns), 8 / columns # In inches
+    figure, axes = pyplot.subplots(rows, wide, figsize=(side * wide, 1.2 * side * rows), dpi=70,
                                    squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for ax, image, title in zip(axes.flat, x, titles + [''] * n):
