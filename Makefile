@@ -33,7 +33,7 @@ full: ## run all notebooks, with their stored results computed anew; all tests, 
 seeds: ## run a notebook's checks under two other seeds, saving nothing: make seeds NB=00
 	@$(env) && $(py) scripts/run.py --seeds 2 $(NB)
 
-bench: ## measure against peers; results go to benchmarks/results (NAME=matmul runs one)
+bench: ## measure against peers (which `pip install -e '.[bench]'` brings); results go to benchmarks/results (NAME=matmul runs one)
 	@$(env) && for f in benchmarks/$(or $(NAME),[a-z]*).py; do case $$f in */common.py) ;; *) echo "== $$f"; $(py) $$f || exit 1;; esac; done
 
 hooks: ## teach git to merge and diff notebooks by cell, in this clone only

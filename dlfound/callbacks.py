@@ -9,7 +9,7 @@ __all__ = ['GradientClip', 'GradientAccumulation', 'ShortEpoch', 'SingleBatch', 
 # %% ../nbs/04a_callbacks.ipynb #bd95cd6e
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -145,8 +145,8 @@ class TerminateOnNaN(Callback):
             raise CancelFit from None
 
     def after_loss(self, learn: TrainingLoop) -> None:
-        given = learn.loss, learn.model, *learn.inputs()
-        if learn.training: self.look(learn, sanity.check_finite, *given)
+        check = partial(sanity.check_finite, call=learn.forward) # Such as in 16 bits
+        if learn.training: self.look(learn, check, learn.loss, learn.model, *learn.inputs())
     def after_backward(self, learn: TrainingLoop) -> None:
         if nonfinite_grads(learn.params): self.look(learn, check_finite_grads, learn.module)
 
@@ -192,7 +192,7 @@ class SanityCheck(Callback):
         if not (learn.training and self.now(loss)): return
         value = loss.item()
         if not isfinite(value): sanity.check_finite(
-            loss, learn.model, *learn.inputs(), batch=_place(learn))
+            loss, learn.model, *learn.inputs(), batch=_place(learn), call=learn.forward)
         self.recent.append(value)
         mean = sum(self.recent) / 10
         if len(self.recent) == 10: self.begin = self.begin or mean

@@ -154,19 +154,19 @@ class ResizeFixed:
         size: int | tuple[int, int], # Pixels: of both sides, or height and width
         resample: int = Image.Resampling.BILINEAR, # `NEAREST` for masks whose grey is a class
     ):
-        self.size, self.resample = (size, size) if isinstance(size, int) else size, resample
-        if len(self.size) != 2 or min(self.size) < 1:
+        sides, self.resample = np.asarray(size), Image.Resampling(resample)
+        if sides.dtype.kind not in 'iu': raise TypeError(f'size is in whole pixels, got {size!r}')
+        if sides.shape not in ((), (2,)) or sides.min() < 1:
             raise ValueError(f'size is a number of pixels, or (height, width); got {size!r}')
+        self.size = int(sides.flat[0]), int(sides.flat[-1]) # Height and width
     def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        return image.resize((width, height), Image.Resampling(self.resample))
+        return image.resize((self.size[1], self.size[0]), self.resample)
 def to_tensor(image: Image.Image) -> Tensor: # `(C, H, W)`; uint8, or as stored: uint16, bool, …
     "A picture's numbers as they are, channels first"
     if not isinstance(image, Image.Image): raise TypeError(
         f'no picture but a {type(image).__name__}; leave out the step that made it, as ToTensor')
-    a = np.array(image)
-    if not a.dtype.isnative: a = a.astype(a.dtype.newbyteorder('='))
-    return torch.from_numpy(a[:, :, None] if a.ndim == 2 else a).permute(2, 0, 1)
+    a = np.atleast_3d(np.array(image)) # Channels last, in the byte order of the file
+    return torch.from_numpy(a.astype(a.dtype.newbyteorder('='), copy=False)).permute(2, 0, 1)
 def to_float(x: Tensor) -> Tensor: # float32
     "Whole numbers as shares of the largest of their type, so 0 to 1; floats stay as they are"
     if x.is_floating_point() or x.dtype == torch.bool: return x.float()
@@ -250,8 +250,8 @@ def show_batch(
         titles = [names[i] if names else f'{i}' for i in labels.tolist()]
     if not (x.min() >= 0 and x.max() <= 1): raise ValueError(
         f'show floats from 0 to 1, before they are normalised; got {x.min():.2f} to {x.max():.2f}')
-    rows, size = -(-len(x) // columns), 8 / columns
-    figure, axes = pyplot.subplots(rows, columns, figsize=(8, 1.2 * size * rows), dpi=70,
+    rows, wide, side = -(-len(x) // columns), min(len(x), columns), 8 / columns # In inches
+    figure, axes = pyplot.subplots(rows, wide, figsize=(side * wide, 1.2 * side * rows), dpi=70,
                                    squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for ax, image, title in zip(axes.flat, x, titles + [''] * n):

@@ -46,8 +46,9 @@ def label_weight(loss_func: Any, target: Any, each: bool = False) -> Any: # `Non
     name, options = known_loss(loss_func)
     if options.get('reduction') == 'sum' and not each: return 1
     if name not in ('cross_entropy', 'nll_loss') or target.is_floating_point(): return None
-    counted, weight = target != options.get('ignore_index', -100), options.get('weight')
-    return counted.sum() if each or weight is None else weight[target[counted]].sum()
+    labels, weight = target.long(), options.get('weight') # As an index, bytes would be a mask
+    counted = labels != options.get('ignore_index', -100)
+    return counted.sum() if each or weight is None else weight[labels[counted]].sum()
 def check_weight(loss_func: Any, target: Any, weight: Any, owner: Any = None) -> None:
     "Warns if averages count a batch by another `weight` than its loss is a mean over"
     right = label_weight(loss_func, target)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LossScale', 'narrow', 'widen', 'sixteen_bits', 'MixedPrecision', 'AMP']
 
-# %% ../nbs/09c_mixed_precision.ipynb #7b107029
+# %% ../nbs/09c_mixed_precision.ipynb #e482031b
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from traceback import walk_tb
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from .loop import Callback, CancelBatch, TrainingLoop
 from .sanity import check_finite, finite, warn_once
 from .state import attribute_state, load_attribute_state, map_tensors, random_kept
 
-# %% ../nbs/09c_mixed_precision.ipynb #fc35aa6e
+# %% ../nbs/09c_mixed_precision.ipynb #a8381edc
 class LossScale:
     "A factor for losses, as large as their gradients allow; called like `torch.amp.GradScaler`"
     def __init__(
@@ -40,8 +41,7 @@ class LossScale:
     def unscale_(self, opt: Any) -> None: # Anything with `param_groups`
         "Take the factor out of the gradients, and see whether they are finite"
         params = [p for group in opt.param_groups for p in group['params']]
-        for p in params:
-            if p.grad is not None: p.grad.mul_(1 / self.value)
+        for grad in [p.grad for p in params if p.grad is not None]: grad.mul_(1 / self.value)
         self.found = bool(nonfinite_grads(params))
     def update(self) -> None:
         "Halve the factor after an overflow; double it when there was none for long"
@@ -55,40 +55,36 @@ class LossScale:
         "Go on with what `state_dict` gave"
         self.value, self.good = saved['value'], saved['good']
 
-# %% ../nbs/09c_mixed_precision.ipynb #90142641
+# %% ../nbs/09c_mixed_precision.ipynb #b85f2d71
 _halves = torch.bfloat16, torch.float16
+_floats = torch.float32, *_halves
 def narrow(
-    x: Any, # Tensors in tuples, lists and dicts of any depth
-    dtype: torch.dtype, # Of 16 bits
-) -> Any: # The same structure; tensors of other types stay as they are
-    "Every float32 tensor in 16 bits"
-    return map_tensors(lambda t: t.to(dtype) if t.dtype == torch.float32 else t, x)
+    x: Any, # Tensors in tuples, lists, dicts and dataclasses of any depth
+    dtype: torch.dtype, # Of 16 bits, as a rule
+) -> Any: # The same structure; tensors of other types, such as float64, stay as they are
+    "Every tensor of 16 bits or float32 in this type"
+    def change(t: Any) -> Any:
+        if isinstance(t, Tensor): return t.to(dtype) if t.dtype in _floats else t
+        if isinstance(t, Mapping): return map_tensors(change, t) # A dataclass that is a dict, too
+        own = [f.name for f in fields(t) if f.init]
+        return replace(t, **{name: narrow(getattr(t, name), dtype) for name in own})
+    return map_tensors(change, x, '__dataclass_fields__')
 def widen(x: Any) -> Any: # Likewise
     "Every 16-bit tensor as float32"
-    return map_tensors(lambda t: t.float() if t.dtype in _halves else t, x)
+    return narrow(x, torch.float32)
 
-# %% ../nbs/09c_mixed_precision.ipynb #92b0e35a
-_Forwards = dict[nn.Module, Callable[..., Any]]
-def _device(model: nn.Module) -> str: # The type of that of its parameters
-    return next((p.device.type for p in model.parameters()), 'cpu')
-def _in_float32(m: nn.Module, device: str, back: torch.dtype | None) -> Callable[..., Any]:
+# %% ../nbs/09c_mixed_precision.ipynb #9ed27ebc
+def _device(m: nn.Module) -> str: return next((p.device.type for p in m.parameters()), 'cpu')
+def _converting(m: nn.Module, device: str, inside: Any, back: Any = None) -> Callable[..., Any]:
+    "The forward of a layer on inputs of one type; its output in another, or as it comes"
     forward = m.forward
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, enabled=False): out = forward(*widen(args), **widen(kwargs))
+        with torch.autocast(device, enabled=False):
+            out = forward(*narrow(args, inside), **narrow(kwargs, inside))
         return out if back is None else narrow(out, back)
     return call
-def _in_16_bits(m: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
-    forward = m.forward
-    return lambda *args, **kwargs: forward(*narrow(args, dtype), **narrow(kwargs, dtype))
-def _split(model: nn.Module, wide: Collection[str]) -> tuple[list[nn.Module], list[nn.Module]]:
-    "The layers of these names, outermost ones only; and the modules that are in none of them"
-    outermost, inside = list[nn.Module](), set[nn.Module]()
-    for name, m in model.named_modules():
-        if name in wide and m not in inside: outermost.append(m)
-        if name in wide: inside |= {*m.modules()}
-    return outermost, [m for m in model.modules() if m not in inside]
 @contextmanager
-def _called(forwards: _Forwards) -> Iterator[None]:
+def _called(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     "In the block these modules have another `forward`"
     before = {m: vars(m)['forward'] for m in forwards if 'forward' in vars(m)}
     for m, f in forwards.items(): vars(m)['forward'] = f
@@ -97,36 +93,61 @@ def _called(forwards: _Forwards) -> Iterator[None]:
         for m in forwards: del vars(m)['forward']
         for m, f in before.items(): vars(m)['forward'] = f
 
-# %% ../nbs/09c_mixed_precision.ipynb #b3a6dba8
+# %% ../nbs/09c_mixed_precision.ipynb #05ddb1dd
 @contextmanager
 def sixteen_bits(
     model: nn.Module, # Its parameters are float32, and are so again after the block
     dtype: torch.dtype = torch.bfloat16, # Or float16
     wide: Collection[str] = (), # Names of layers that go on in float32
 ) -> Iterator[None]:
-    "In the block layers with matrices compute with 16-bit copies, norms and the like in float32"
-    outermost, others = _split(model, wide)
-    forwards = {m: _in_float32(m, _device(model), None) for m in outermost}
-    homes, copies = list[tuple[Any, str, Tensor]](), dict[Tensor, Tensor]()
-    for m in others:
-        own = [(m, k, p) for k, p in m._parameters.items()
-               if p is not None and p.dtype == torch.float32]
-        held = own or [b for b in m._buffers.values() if b is not None and b.is_floating_point()]
+    "In the block layers with matrices compute with 16-bit copies; norms, RNNs, sparse ones do not"
+    device, homes = _device(model), list[tuple[Any, str, Tensor]]()
+    forwards = {m: _converting(m, device, torch.float32)
+                for name, m in model.named_modules() if name in wide}
+    inside = {part for m in forwards for part in m.modules()}
+    for m in [m for m in model.modules() if m not in inside]:
+        if isinstance(m, torch.jit.ScriptModule): raise TypeError('layers of scripted and traced '
+            'models cannot be exchanged; give the model as it was before, or use AMP')
+        own = [(m, k, p) for k, p in m._parameters.items() if p is not None and p.dtype in _floats]
+        held = [p for *_, p in own] or [b for b in m._buffers.values() if b is not None]
+        kinds = {t.dtype for t in held if t.is_floating_point()}
         matrix = any(not nn.parameter.is_lazy(p) and p.squeeze().ndim > 1 for *_, p in own)
-        listed = isinstance(m, nn.RNNBase) # It keeps a list of its parameters
-        if matrix and not (listed or getattr(m, 'sparse', False)): # Sparse ones convert no gradient
+        if matrix and not (isinstance(m, nn.RNNBase) or getattr(m, 'sparse', False)):
             homes += own
-            forwards[m] = _in_16_bits(m, dtype)
-        elif held and not [*m.children()]: forwards[m] = _in_float32(m, _device(model), dtype)
+            forwards[m] = _converting(m, device, dtype)
+        elif kinds and not [*m.children()]: # What is stored in 16 bits computes in them
+            kept = next((d for d in _halves if d in kinds), torch.float32)
+            forwards[m] = _converting(m, device, kept, dtype)
+    copies = {p: p.to(dtype) for *_, p in homes}
     try:
-        for m, k, p in homes:
-            if p not in copies: copies[p] = p.to(dtype)
-            m._parameters[k] = copies[p]
+        for m, k, p in homes: m._parameters[k] = copies[p]
         with _called(forwards): yield
     finally:
         for m, k, p in homes: m._parameters[k] = p
 
-# %% ../nbs/09c_mixed_precision.ipynb #4e3a5f98
+# %% ../nbs/09c_mixed_precision.ipynb #f0aec8b1
+def _broken(learn: TrainingLoop, block: Any) -> tuple[str, str] | None: # Its name, and the reason
+    "A layer that fails, or makes infinite numbers of finite ones; the pass leaves no trace"
+    model, found = learn.model, list[tuple[str, str]]()
+    def look(hook: Any, m: nn.Module, inputs: Any, out: Any) -> None:
+        if not found and finite(inputs) and not finite(out):
+            found.append((hook.name, 'its output is not finite'))
+    buffers = [(b, b.clone()) for b in model.buffers() if not nn.parameter.is_lazy(b)]
+    plain = {k: dict(v) for k, v in attribute_state(model).items()}
+    try:
+        with torch.no_grad(), random_kept(*model.modules()), Hooks(model, look, nn.Module), block:
+            type(learn).forward(learn)
+    except Exception as e:
+        names = {id(m): name for name, m in model.named_modules()}
+        passed = [id(x) for f, _ in walk_tb(e.__traceback__) if f.f_code.co_name == 'forward'
+                  for x in [*f.f_locals.values()][:1]] # Which is `self`
+        found += [(names[i], f'it fails: {e}'.splitlines()[0]) for i in passed[::-1] if i in names]
+    finally:
+        for b, before in buffers: b.copy_(before)
+        load_attribute_state(model, plain)
+    return found[0] if found else None
+
+# %% ../nbs/09c_mixed_precision.ipynb #1ce24539
 class MixedPrecision(Callback):
     "Models compute in 16 bits, losses and optimizers in float32; losses are scaled for float16"
     order, single = -30, True # -30: what other callbacks do to a loss is inside the scaling
@@ -139,9 +160,10 @@ class MixedPrecision(Callback):
         if dtype not in _halves: raise ValueError('dtype is torch.bfloat16 or torch.float16, got '
                                                   f'{dtype!r}; for float32 leave the callback out')
         if init_scale is None and dtype == torch.float16: init_scale = 2.**16
-        first = 1. if init_scale is None else init_scale
-        if not 0 < first < 2.**128 or growth_interval < 1: raise ValueError('init_scale is above 0 '
-            f'and below 2**128, growth_interval from 1: {init_scale}, {growth_interval}')
+        fits = init_scale is None or isinstance(init_scale, int | float) and 0 < init_scale < 2**128
+        if not (fits and isinstance(growth_interval, int) and growth_interval > 0):
+            raise ValueError('init_scale is a number above 0 and below 2**128, growth_interval a '
+                             f'whole number from 1; got {init_scale!r} and {growth_interval!r}')
         self.dtype, self.init_scale, self.growth_interval = dtype, init_scale, growth_interval
         self.scaler = self.make_scaler() if init_scale else None
         self.wide: list[str] = [] # Names of the layers that 16 bits break
@@ -149,20 +171,20 @@ class MixedPrecision(Callback):
     def make_scaler(self) -> Any:
         "What finds the scale"
         return LossScale(self.init_scale or 1., self.growth_interval)
-    def block(self, model: nn.Module) -> Any:
+    def block(self, model: nn.Module, backward: bool = False) -> Any: # Or around the backward pass?
         "The context in which the model is called"
         return sixteen_bits(model, self.dtype, self.wide)
     @property
     def scale(self) -> float | None: # `None`: there is none
         "By which losses are multiplied now"
         return self.scaler and self.scaler.get_scale()
-
     def before_fit(self, learn: TrainingLoop) -> None:
         self.tried = set()
-        found = [k for k, p in learn.module.named_parameters()
-                 if p.requires_grad and p.dtype in _halves]
-        if found: raise ValueError(f'{", ".join(found[:4])} of the model has 16 bits already, and '
-                                   'would not move in small steps; call model.float()')
+        for k, p in learn.module.named_parameters():
+            if p.requires_grad and p.dtype in _halves: raise ValueError(
+                f'{k} has 16 bits already, and would not move in small steps; call model.float()')
+            if p.requires_grad and p.dtype == torch.float64: warn_once(self, 'float64',
+                f'{k} has 64 bits, and its layer goes on in them; call model.float() for 16')
     def around_forward(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
         "Predict in 16 bits; the prediction is float32"
         if learn.training not in self.tried: self.try_out(learn)
@@ -172,45 +194,24 @@ class MixedPrecision(Callback):
         "Find the layers that 16 bits break on the batch at hand; they go on in float32"
         self.tried.add(learn.training)
         known, reasons = self.wide, list[str]()
-        while (found := self.broken(learn)) is not None:
-            name, reason = found
-            if any(f'{name}.'.startswith(f'{w}.' * bool(w)) for w in self.wide):
+        while (found := _broken(learn, self.block(learn.model))) is not None:
+            if any(f'{found[0]}.'.startswith(f'{w}.' * bool(w)) for w in self.wide):
                 self.wide = known # It is in float32 already, which did not help
                 return
-            self.wide, reasons = [*self.wide, name], [*reasons, reason]
+            self.wide, reasons = [*self.wide, found[0]], [*reasons, found[1]]
         for name, reason in zip(self.wide[len(known):], reasons):
             kind = type(learn.model.get_submodule(name)).__name__
             warn_once(None, name, f'{f"layer {name}" if name else "the model"}, a {kind}, goes on '
                       f'in float32: in {str(self.dtype)[6:]} {reason}')
-    def broken(self, learn: TrainingLoop) -> tuple[str, str] | None: # Its name, and the reason
-        "A layer that fails, or makes infinite numbers of finite ones; the pass leaves no trace"
-        model, found = learn.model, list[tuple[str, str]]()
-        def look(hook: Any, m: nn.Module, inputs: Any, out: Any) -> None:
-            if not found and finite(inputs) and not finite(out):
-                found.append((hook.name, 'its output is not finite'))
-        buffers = [(b, b.clone()) for b in model.buffers() if not nn.parameter.is_lazy(b)]
-        plain = {k: dict(v) for k, v in attribute_state(model).items()}
-        trial = torch.no_grad(), random_kept(*model.modules()), Hooks(model, look, nn.Module)
-        try:
-            with trial[0], trial[1], trial[2], self.block(model): type(learn).forward(learn)
-        except Exception as e:
-            names = {id(m): name for name, m in model.named_modules()}
-            passed = [id(x) for f, _ in walk_tb(e.__traceback__) if f.f_code.co_name == 'forward'
-                      for x in [*f.f_locals.values()][:1]] # Which is `self`
-            reason = f'it fails: {str(e).splitlines()[0]}' if str(e) else 'it fails'
-            found += [(names[i], reason) for i in passed[::-1] if i in names]
-        finally:
-            for b, before in buffers: b.copy_(before)
-            load_attribute_state(model, plain)
-        return found[0] if found else None
-
     def around_backward(self, learn: TrainingLoop, proceed: Callable[[], None]) -> None:
         "Gradients of the scaled loss, unscaled at once; an overflow ends the batch"
-        if self.scaler is None: return proceed()
+        if self.scaler is None:
+            with self.block(learn.model, True): return proceed()
         loss, before, held = learn.loss, self.scaler.get_scale(), [p.grad for p in learn.params]
         for p in learn.params: p.grad = None
         learn.loss = self.scaler.scale(loss)
-        try: proceed()
+        try:
+            with self.block(learn.model, True): proceed()
         finally: learn.loss = loss
         if all(p.grad is None for p in learn.params): return
         self.scaler.unscale_(SimpleNamespace(param_groups=[dict(params=learn.params)]))
@@ -230,7 +231,6 @@ class MixedPrecision(Callback):
             check_finite_grads(learn.module, learn.iter)
         except FloatingPointError as e: raise FloatingPointError(
             f'gradients overflow at every loss scale down to {self.scale}: {e}') from None
-
     def state_dict(self) -> dict[str, Any]:
         "The scale with its count, and the layers that go on in float32"
         return dict(dtype=str(self.dtype), wide=self.wide, skipped=self.skipped,
@@ -244,7 +244,7 @@ class MixedPrecision(Callback):
             self.scaler = self.make_scaler() # A copy of this callback shares the other one
             self.scaler.load_state_dict(saved['scaler'])
 
-# %% ../nbs/09c_mixed_precision.ipynb #ff385f14
+# %% ../nbs/09c_mixed_precision.ipynb #cc67c1ce
 class AMP(MixedPrecision):
     "The same by PyTorch: `autocast` chooses for each operation, `GradScaler` finds the scale"
     def make_scaler(self) -> Any:
@@ -253,8 +253,8 @@ class AMP(MixedPrecision):
         return torch.amp.GradScaler(device.type if device else 'cpu', self.init_scale or 1.,
                                     growth_interval=self.growth_interval)
     @contextmanager
-    def block(self, model: nn.Module) -> Iterator[None]:
-        "Autocast, but in the layers that 16 bits break"
-        device, (outermost, _) = _device(model), _split(model, self.wide)
-        with _called({m: _in_float32(m, device, None) for m in outermost}):
-            with torch.autocast(device, self.dtype): yield
+    def block(self, model: nn.Module, backward: bool = False) -> Iterator[None]:
+        "Autocast, but not in layers that 16 bits break; a backward pass needs none of its own"
+        device, named = _device(model), [m for k, m in model.named_modules() if k in self.wide]
+        with (_called({m: _converting(m, device, torch.float32) for m in named}),
+              torch.autocast(device, self.dtype, enabled=not backward)): yield

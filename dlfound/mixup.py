@@ -13,12 +13,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta
 
 from .learner import Callback, TrainingLoop, label_weight
-from .minibatch import accuracy
+from .minibatch import accuracy, cross_entropy
 from .state import map_tensors, named_tensors
 
 # %% ../nbs/09b_mixup.ipynb #002f3e7d
@@ -187,6 +186,7 @@ class MixUpOrCutMix(MixUp):
 # %% ../nbs/09b_mixup.ipynb #cc3d07e0
 class LabelSmoothing(nn.Module):
     "Cross-entropy with a share `eps` of each label spread over all classes (Szegedy et al. 2015)"
+    known_as = 'cross_entropy' # For the checks, and for `label_weight`
     weight: Tensor | None
     def __init__(
         self,
@@ -202,35 +202,26 @@ class LabelSmoothing(nn.Module):
         self.eps, self.ignore_index, self.reduction = eps, ignore_index, reduction
         self.register_buffer('weight', weight)
 
-    def label_weight(self, target: Tensor) -> Any: # `None`: as many as there are losses
-        "What the mean is taken over, as in PyTorch: labels, or their weights"
-        known = partial(F.cross_entropy, weight=self.weight, ignore_index=self.ignore_index)
-        return label_weight(known, target if target.is_floating_point() else target.long())
+    def extra_repr(self) -> str:
+        "What is printed in the brackets"
+        return f'eps={self.eps}, ignore_index={self.ignore_index}, reduction={self.reduction!r}'
     def forward(
         self,
         pred: Tensor, # `(N, K, …)`, before softmax
         target: Tensor, # `(N, …)`, or shares like `pred`
     ) -> Tensor:
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         dim = min(pred.ndim, 2) - 1
-        costs = -pred.to(torch.promote_types(pred.dtype, torch.float32)).log_softmax(dim)
+        if self.weight is not None and len(self.weight) != pred.shape[dim]: raise ValueError(
+            f'{len(self.weight)} weights for {pred.shape[dim]} classes; give one for each')
+        if not target.is_floating_point() or target.shape != pred.shape: return cross_entropy(
+            pred, target, self.weight, self.ignore_index, self.reduction, self.eps)
+        costs = ((1 - self.eps) * target + self.eps / pred.shape[dim]) * -pred.log_softmax(dim)
         if self.weight is not None:
-            if len(self.weight) != pred.shape[dim]: raise ValueError(
-                f'{len(self.weight)} weights for {pred.shape[dim]} classes; give one for each')
             costs = costs * self.weight.view(-1, *[1] * (pred.ndim - 1 - dim))
-        if target.is_floating_point() and target.shape == pred.shape:
-            each = ((1 - self.eps) * target + self.eps / pred.shape[dim]).mul(costs).sum(dim)
-        elif target.shape == costs.select(dim, 0).shape:
-            ignored = target == self.ignore_index
-            place = target.long().masked_fill(ignored, 0).unsqueeze(dim)
-            own = costs.gather(dim, place).squeeze(dim)
-            each = own if not self.eps else (1 - self.eps) * own + self.eps * costs.mean(dim)
-            each = each.masked_fill(ignored, 0)
-        else: raise ValueError(f'predictions {tuple(pred.shape)} need a label for each, or shares '
-                               f'of their shape; got {target.dtype} of {tuple(target.shape)}')
+        each = costs.sum(dim)
         if self.reduction == 'none': return each
-        if self.reduction == 'sum': return each.sum()
-        weight = self.label_weight(target)
-        return each.sum() / (each.numel() if weight is None else weight)
+        return each.sum() if self.reduction == 'sum' else each.mean()
 
 # %% ../nbs/09b_mixup.ipynb #b2590cba
 def soft_accuracy(

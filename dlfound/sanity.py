@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .loader import length
 from .minibatch import cross_entropy, nll
-from .state import map_tensors, random_kept
+from .state import named_tensors, random_kept
 
 # %% ../nbs/03b_sanity.ipynb #c0370641
 def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]: # What is trained, by name
@@ -92,10 +92,7 @@ def check_training(model: nn.Module) -> None: # While it trains
     if left: warn_once(model, 'eval', f'layers are left in eval: {_some(left)}; call model.train()')
 
 # %% ../nbs/03b_sanity.ipynb #55e40bdb
-def _tensors(x: Any) -> list[Tensor]: # In structures of any depth
-    found: list[Tensor] = []
-    map_tensors(found.append, x)
-    return found
+def _tensors(x: Any) -> list[Tensor]: return [t for _, t in named_tensors(x)] # At any depth
 def check_hidden_state(model: nn.Module) -> None: # After a forward pass
     "Warns of tensors in plain attributes, which no checkpoint keeps and `to` does not move"
     found = [f'{name}.{k}'.strip('.') for name, m in model.named_modules()
@@ -117,36 +114,46 @@ def check_inputs(x: Any, owner: Any = None) -> None: # Dense floats of any shape
         owner, 'inputs', f'inputs have mean {mean:.2g}, root mean square {rms:.2g}; normalise them')
 
 # %% ../nbs/03b_sanity.ipynb #7fe8238a
-def _watch(model: nn.Module, inputs: tuple[Any, ...], look: Callable[..., None]) -> None:
-    "`look(name, layer, inputs, output)` after each layer of a forward pass that leaves no trace"
+def _watch(model: nn.Module, call: Callable[[], Any], look: Callable[..., None]) -> None:
+    "`look(name, layer, inputs, output)` after each layer of a pass that leaves no trace"
     plain = [(m, dict(vars(m))) for m in model.modules()]
     handles = [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules()]
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    buffers, whole = {f'm.{k}': b.clone() for k, b in model.named_buffers()}, nn.Module()
+    whole.m, whole.forward = model, call
     try:
-        with random_kept(), torch.no_grad(): torch.func.functional_call(model, buffers, inputs)
+        with random_kept(), torch.no_grad(): torch.func.functional_call(whole, buffers, ())
     finally:
         for h in handles: h.remove()
         for m, was in plain: object.__setattr__(m, '__dict__', was)
 def finite(x: Any) -> bool: # Tensors in structures of any depth
     "Are all numbers finite?"
     return all(bool(t.isfinite().all()) for t in _tensors(x))
-def first_nonfinite(model: nn.Module, *inputs: Any) -> str: # Such as 'the output of layer 2 (ReLU)'
+_narrow = ' in float16, which ends at 65504; keep that layer in float32, or use bfloat16'
+def first_nonfinite(
+    model: nn.Module, *inputs: Any,
+    call: Callable[[], Any] | None = None, # How it was called; `None`: `model(*inputs)`
+) -> str: # Such as 'the output of layer 2 (ReLU)'
     "Where NaN or inf begins: in the inputs, a weight, a layer's output, or only behind the model"
     found = [] if finite(inputs) else ['the inputs']
     def look(name: str, m: nn.Module, _: Any, out: Any) -> None:
-        found.extend(f'the weight {k}' for k, p in m.named_parameters(name) if not finite(p))
-        place = f'layer {name}' if name else 'the model'
-        if not finite(out): found.append(f'the output of {place} ({type(m).__name__})')
-    try: _watch(model, inputs, look)
+        place = f'the output of layer {name}' if name else 'the output of the model'
+        own = {f'the weight {k}': p for k, p in m.named_parameters(name)}
+        for what, x in {**own, f'{place} ({type(m).__name__})': out}.items():
+            narrow = any(t.dtype == torch.float16 for t in _tensors(x))
+            if not finite(x): found.append(what + _narrow * narrow)
+    try: _watch(model, call or partial(model, *inputs), look)
     except Exception: # Some layers refuse NaN
         if not found: raise
     return [*found, 'the target or the loss, for the model is finite'][0]
 
 # %% ../nbs/03b_sanity.ipynb #46a97cd3
-def check_finite(loss: Any, model: nn.Module, *inputs: Any, batch: Any = '?') -> None:
-    "FloatingPointError if a loss is not finite: in which batch (its number), and where that began"
+def check_finite(
+    loss: Any, model: nn.Module, *inputs: Any, batch: Any = '?', # Its number
+    call: Callable[[], Any] | None = None, # As for `first_nonfinite`
+) -> None:
+    "FloatingPointError if a loss is not finite: in which batch, and where that began"
     if isfinite(value := float(torch.as_tensor(loss).detach().sum())): return
-    try: where = f'it began in {first_nonfinite(model, *inputs)}'
+    try: where = f'it began in {first_nonfinite(model, *inputs, call=call)}'
     except Exception as e: where = f'no layer can be named, for another pass fails: {e}'
     raise FloatingPointError(f'the loss is {value} in batch {batch}; {where}')
 
@@ -162,7 +169,7 @@ def dead_units(model: nn.Module, *inputs: Any) -> dict[str, float]: # By layer, 
         if not isinstance(m, (nn.ReLU, nn.ReLU6, nn.Hardswish)) or out.ndim < 2: return
         units = out.movedim(dim[0], 0).flatten(1)
         if units.shape[1] >= 8: zero.setdefault(name, []).append((units == 0).all(1))
-    _watch(model, inputs, look)
+    _watch(model, partial(model, *inputs), look)
     return {name: float(torch.cat(parts).float().mean()) for name, parts in zero.items()}
 def check_dead(model: nn.Module, *inputs: Any, share: float = .5) -> None: # Some silence is normal
     "Warns of layers in which more than `share` of the units are 0 on the whole batch"
@@ -200,13 +207,16 @@ _kinds = dict(
     smooth_l1_loss=nn.SmoothL1Loss, huber_loss=nn.HuberLoss, binary_cross_entropy=nn.BCELoss,
     binary_cross_entropy_with_logits=nn.BCEWithLogitsLoss)
 _names: dict[Any, str] = {cross_entropy: 'cross_entropy', nll: 'nll_loss'}
-_names |= {f: name for name, kind in _kinds.items() for f in (kind, getattr(nn.functional, name))}
+_names |= {f: k for k, kind in _kinds.items() for f in (kind.forward, getattr(nn.functional, k))}
 def known_loss(f: Any) -> tuple[str, Mapping[str, Any]]: # Functions, modules, partials of them
-    "The name of a loss that we know, '' for others, and its options"
-    options: dict[str, Any] = {}
-    while isinstance(f, partial): f, options = f.func, f.keywords | options
-    if isinstance(f, nn.Module): f, options = type(f), vars(f) | f._buffers
-    return next((name for known, name in _names.items() if known is f), ''), options
+    "The name of a loss that we know or whose `known_as` says it, '' for others; and its options"
+    given: dict[str, Any] = {}
+    while isinstance(f, partial): f, given = f.func, f.keywords | given
+    own = {k: getattr(f, k) for k in ('weight', 'ignore_index', 'reduction') if hasattr(f, k)}
+    works = getattr(type(f), 'forward', f) # What a subclass inherits is known as well
+    name = getattr(f, 'known_as', next((k for g, k in _names.items() if g is works), ''))
+    if name and name not in _kinds: raise ValueError(f'known_as is {name!r}, not in {[*_kinds]}')
+    return name, own | given
 
 # %% ../nbs/03b_sanity.ipynb #3c6d0655
 def _check_values(given: str, options: Any, pred: Tensor, target: Tensor, owner: Any) -> None:
@@ -236,7 +246,7 @@ def _check_classes(given: str, options: Any, pred: Tensor, target: Tensor, owner
         raise ValueError(f'{given}; one label each is needed: squeeze, or argmax of one-hot rows')
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f'{given}; labels are class numbers: use target.long()')
-    labels = target[target != options.get('ignore_index', -100)].unique().tolist()
+    labels = target.long()[target.long() != options.get('ignore_index', -100)].unique().tolist()
     if labels and not 0 <= labels[0] <= labels[-1] < pred.shape[dim]: raise ValueError(
         f'{given} with labels {labels[0]} to {labels[-1]}; renumber, add outputs or ignore_index')
 def check_target(loss_func: Any, pred: Any, target: Any, owner: Any = None) -> None:

@@ -10,10 +10,11 @@ __all__ = ['kernels', 'resample_matrix', 'rotation_matrix', 'psnr', 'dihedral', 
 # %% ../nbs/09_transforms.ipynb #40c7d5cd
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .images import ResizeFixed
@@ -58,52 +59,63 @@ def psnr(
     peak: float = 255., # The largest value there can be
 ) -> float: # In decibels; infinite, if they are equal
     "Peak signal-to-noise ratio: how alike two pictures are"
-    x, y = (np.asarray(i, np.float64) for i in (a, b))
+    x, y = (torch.as_tensor(i if isinstance(i, Tensor) else np.array(i)).double() for i in (a, b))
     if x.shape != y.shape: raise ValueError(f'pictures of one shape, got {x.shape} and {y.shape}')
-    error = np.square(x - y).mean().item()
+    error = (x - y).square().mean().item()
     return 10 * math.log10(peak**2 / error) if error else math.inf
 
+# %% ../nbs/09_transforms.ipynb #044a8ed0
+def _picture(image: Any, fill: Any = 0) -> Image.Image:
+    "The same; an error, if it is no picture with pixels, or `fill` is no colour in its mode"
+    if not isinstance(image, Image.Image) or 0 in image.size: raise TypeError(
+        f'a PIL picture with pixels, no {type(image).__name__}; first open_image, last to_tensor')
+    try: Image.new(image.mode.replace('P', 'L'), (1, 1), fill) # In P: a number
+    except (TypeError, ValueError) as e: raise ValueError(
+        f'no colour of mode {image.mode} is fill={fill!r}; open all pictures in one mode') from e
+    return image
+def _within(low: float, high: float, n: int = 1, **given: Any) -> list[Any]:
+    "Parameters as floats, or `n` rising ones; ValueError names one not from `low` to `high`"
+    for name, x in given.items():
+        v = [float(i) for i in (x if np.ndim(x) else [x]) if hasattr(i, '__float__')] # No texts
+        if len(v) != n or not low <= v[0] <= v[-1] <= high: raise ValueError(
+            f'{name} is {n} number{"s, in order," * (n > 1)} from {low:g} to {high:g}; got {x!r}')
+        given[name] = v if n > 1 else v[0]
+    return [*given.values()]
+
 # %% ../nbs/09_transforms.ipynb #0af9e88f
-def _checked_p(p: float) -> float:
-    if not 0 <= p <= 1: raise ValueError(f'p is a probability, from 0 to 1; got {p}')
-    return p
-def _chance(p: float) -> bool: return torch.rand(()).item() < p
 def _uniform(low: float, high: float) -> float: return low + (high - low) * torch.rand(()).item()
+def _chance(p: float) -> bool: return _uniform(0, 1) < p
 def dihedral(
     image: Image.Image, k: int, # From 0 to 7; 0 leaves it alone, 1 is a mirror of left and right
 ) -> Image.Image:
     "One of the eight ways to lay down a picture: turns by quarters, and mirrors of them"
     if k not in range(8): raise ValueError(f'there are eight ways, from 0 to 7; got {k}')
-    return image.transpose(Image.Transpose(k - 1)) if k else image
+    return _picture(image).transpose(Image.Transpose(k - 1)) if k else _picture(image)
 class Flip:
     "Mirrors left and right"
-    def __init__(self, p: float = .5): self.p = _checked_p(p) # The probability
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return dihedral(image, int(_chance(self.p)))
+    def __init__(self, p: float = .5): [self.p] = _within(0, 1, p=p) # The probability
+    def __call__(self, image: Image.Image) -> Image.Image: return dihedral(image, _chance(self.p))
 class Dihedral:
     "Lays pictures down in one of eight ways, for such as have no up and down"
-    def __init__(self, p: float = 1.): self.p = _checked_p(p) # The probability that one is drawn
+    def __init__(self, p: float = 1.): [self.p] = _within(0, 1, p=p) # That one is drawn
     def __call__(self, image: Image.Image) -> Image.Image:
-        return dihedral(image, int(8 * _uniform(0, 1))) if _chance(self.p) else image
+        return dihedral(image, int(8 * _uniform(0, 1)) if _chance(self.p) else 0)
 
 # %% ../nbs/09_transforms.ipynb #f95b6132
 def _crop(image: Image.Image, size: tuple[int, int], x: float, y: float) -> Image.Image:
-    "A part of a picture; `x` and `y` are from 0, left and top, to below 1"
-    height, width = size
-    if width > image.width or height > image.height: raise ValueError(
-        f'no {height} × {width} pixels in {image.height} × {image.width}; use RandomResizedCrop')
+    height, width = size # `x` and `y`: from 0, left and top, to below 1
+    if width > _picture(image).width or height > image.height: raise ValueError(f'no {height} × '
+        f'{width} pixels in {image.height} × {image.width}; RandomResizedCrop also enlarges')
     left, top = int(x * (image.width - width + 1)), int(y * (image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
 class RandomCrop:
     "Cuts out a part of a given size somewhere"
-    def __init__(self, size: int | tuple[int, int]): # Pixels: of both sides, or height and width
-        self.size = ResizeFixed(size).size
+    def __init__(self, size: int | tuple[int, int]): self.size = ResizeFixed(size).size # Or (h, w)
     def __call__(self, image: Image.Image) -> Image.Image:
         return _crop(image, self.size, _uniform(0, 1), _uniform(0, 1))
 class CenterCrop:
     "Cuts out the middle"
-    def __init__(self, size: int | tuple[int, int]): # As for `RandomCrop`
-        self.size = ResizeFixed(size).size
+    def __init__(self, size: int | tuple[int, int]): self.size = ResizeFixed(size).size # Or (h, w)
     def __call__(self, image: Image.Image) -> Image.Image: return _crop(image, self.size, .5, .5)
 
 # %% ../nbs/09_transforms.ipynb #a3a622e7
@@ -118,9 +130,8 @@ def random_box(
     low = min(max(ratio[0], shape * share), ratio[1]) # Of those that fit, or the nearest
     high = max(min(ratio[1], shape / share), ratio[0])
     q = math.exp(_uniform(math.log(low), math.log(high)))
-    share = min(share, q / shape, shape / q)
-    w = min(math.sqrt(share * width * height * q), width)
-    h = min(math.sqrt(share * width * height / q), height)
+    area = min(share, q / shape, shape / q) * width * height
+    w, h = min(math.sqrt(area * q), width), min(math.sqrt(area / q), height)
     left, top = _uniform(0, width - w), _uniform(0, height - h)
     return left, top, min(left + w, width), min(top + h, height)
 
@@ -128,36 +139,29 @@ def random_box(
 class RandomResizedCrop:
     "A random part of a picture, resized to one size"
     def __init__(
-        self,
-        size: int | tuple[int, int], # Pixels of the result: of both sides, or height and width
+        self, size: int | tuple[int, int], # Pixels of the result: both sides, or height and width
         scale: tuple[float, float] = (.08, 1.), # As for `random_box`
         ratio: tuple[float, float] = (3 / 4, 4 / 3), # Likewise
         resample: int = Image.Resampling.BILINEAR, # `NEAREST` for masks whose grey is a class
     ):
-        self.size, self.resample = ResizeFixed(size).size, resample
-        self.scale, self.ratio = scale, ratio
-        if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]: raise ValueError(
-            f'scale is (least, largest) share, up to 1, and ratio likewise; got {scale}, {ratio}')
+        self.size, self.resample = ResizeFixed(size).size, Image.Resampling(resample)
+        [self.scale] = _within(1e-6, 1, 2, scale=scale)
+        [self.ratio] = _within(1e-3, 1e3, 2, ratio=ratio)
     def __call__(self, image: Image.Image) -> Image.Image:
-        box = random_box(image.size, self.scale, self.ratio)
-        height, width = self.size
-        return image.resize((width, height), Image.Resampling(self.resample), box)
+        box = random_box(_picture(image).size, self.scale, self.ratio)
+        return image.resize((self.size[1], self.size[0]), self.resample, box)
 class CenterResizedCrop:
     "The middle of a picture, resized to one size: for validation"
     def __init__(
-        self,
-        size: int | tuple[int, int], # Pixels of the result: of both sides, or height and width
+        self, size: int | tuple[int, int], # Pixels of the result: both sides, or height and width
         share: float = .875, # Of the sides of the largest part; 224 of 256 by custom
         resample: int = Image.Resampling.BILINEAR, # `NEAREST` for masks
     ):
-        self.size, self.share, self.resample = ResizeFixed(size).size, share, resample
-        if not 0 < share <= 1: raise ValueError(f'share is above 0 and at most 1, got {share}')
+        self.size, self.resample = ResizeFixed(size).size, Image.Resampling(resample)
+        [self.share] = _within(1e-6, 1, share=share)
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        by = self.share * min(image.width / width, image.height / height) / 2
-        x, y = image.width / 2, image.height / 2
-        box = (x - by * width, y - by * height, x + by * width, y + by * height)
-        return image.resize((width, height), Image.Resampling(self.resample), box)
+        return ImageOps.fit(_picture(image), (width, height), self.resample, (1 - self.share) / 2)
 
 # %% ../nbs/09_transforms.ipynb #44438b81
 def perspective_matrix(
@@ -165,14 +169,12 @@ def perspective_matrix(
     source: Sequence[Sequence[float]] | np.ndarray, # Where they lie in the picture
 ) -> Tensor: # `(3, 3)`, float64; from a point `(x, y, 1)` of the result to one of the picture
     "The perspective that takes four points to four others"
-    if (n := (len(result), len(source))) != (4, 4): raise ValueError(f'four points each, got {n}')
-    rows: list[list[float]] = []
-    for (u, v), (x, y) in zip(result, source):
-        rows += [u, v, 1, 0, 0, 0, -u * x, -v * x], [0, 0, 0, u, v, 1, -u * y, -v * y]
-    try: solved = np.linalg.solve(np.array(rows), np.ravel(source)) # Quicker for a small system
-    except np.linalg.LinAlgError as e: raise ValueError(
-        f'no three of the points may lie on a line, got {result} and {source}') from e
-    return torch.tensor([*solved, 1]).view(3, 3)
+    rows = [row for (u, v), (x, y) in zip(result, source) for row in (
+        [u, v, 1, 0, 0, 0, -u * x, -v * x], [0, 0, 0, u, v, 1, -u * y, -v * y])]
+    try: solved = np.linalg.solve(rows, np.ravel(source)) # Quicker than torch's for so few
+    except ValueError as e: raise ValueError(
+        f'four points each, no three of them on a line, are needed; got {result}, {source}') from e
+    return torch.tensor([*solved, 1], dtype=torch.float64).view(3, 3)
 
 # %% ../nbs/09_transforms.ipynb #7a850851
 def warp(
@@ -182,29 +184,28 @@ def warp(
     fill: int | tuple[int, ...] = 0, # Where the picture has nothing; for masks: a class for it
 ) -> Image.Image: # Of the same size and mode
     "Turn or bend a picture by one resample, which is not antialiased where it shrinks"
-    def moved(x: Image.Image) -> Image.Image:
-        method, numbers = Image.Resampling(resample), (matrix / matrix[2, 2]).flatten()[:8].tolist()
-        return x.transform(x.size, Image.Transform.PERSPECTIVE, numbers, method, fillcolor=fill)
-    if not image.mode.startswith('I;16'): return moved(image)
-    floats = moved(Image.fromarray(np.asarray(image, np.float32))) # It would part the two bytes
-    return Image.fromarray(np.asarray(floats).round().clip(0, 65535).astype(np.uint16))
+    if matrix.shape != (3, 3) or not torch.isfinite(matrix / matrix[2, 2]).all(): raise ValueError(
+        f'a matrix is (3, 3), of finite numbers, the last of them not 0; got {matrix}')
+    deep = _picture(image, fill).mode.startswith('I;16') # `transform` would part the two bytes
+    x = Image.fromarray(np.asarray(image, np.float32)) if deep else image
+    way, numbers = Image.Transform.PERSPECTIVE, (matrix / matrix[2, 2]).flatten()[:8].tolist()
+    x = x.transform(x.size, way, numbers, Image.Resampling(resample), fillcolor=fill)
+    return Image.fromarray(np.asarray(x).round().clip(0, 65535).astype(np.uint16)) if deep else x
 
 # %% ../nbs/09_transforms.ipynb #d0f99b3c
 class RandomWarp:
     "Turns, tilts and bends pictures at random, all by one resample"
     def __init__(
-        self,
-        rotate: float = 0., # Degrees, at most, to both sides
+        self, rotate: float = 0., # Degrees, at most, to both sides
         tilt: float = 0., # How much shorter one side becomes, at most, as a share of it
         perspective: float = 0., # How far each corner moves inwards, as a share; below 1/3
         p: float = 1., # The probability that something is drawn
-        resample: int = Image.Resampling.BILINEAR, # As for `warp`
-        fill: int | tuple[int, ...] = 0, # Likewise
+        resample: int = Image.Resampling.BILINEAR, fill: int | tuple[int, ...] = 0, # As for `warp`
     ):
-        self.rotate, self.tilt, self.perspective = rotate, tilt, perspective
-        self.p, self.resample, self.fill = _checked_p(p), resample, fill
-        if rotate < 0 or not 0 <= tilt < 1 or not 0 <= perspective < 1 / 3: raise ValueError(
-            f'rotate ≥ 0, tilt < 1, perspective < 1/3 is needed; got {rotate, tilt, perspective}')
+        [self.rotate], [self.tilt] = _within(0, 360, rotate=rotate), _within(0, .999, tilt=tilt)
+        [self.perspective], [self.p] = _within(0, .333, perspective=perspective), _within(0, 1, p=p)
+        self.resample, self.fill = Image.Resampling(resample), fill
+        warp(Image.new('L', (1, 1)), torch.eye(3), resample) # Has `transform` such a filter?
     def matrix(self, size: tuple[int, int]) -> Tensor: # `(3, 3)`, for `warp`
         "A random change for pictures of this size, width and height"
         corners, inwards = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]), list[np.ndarray]()
@@ -212,15 +213,14 @@ class RandomWarp:
             axis, side = int(_chance(.5)), int(_chance(.5))
             ends = (corners[:, 1 - axis] == side)[:, None] & (np.arange(2) == axis)
             inwards.append(ends * _uniform(0, self.tilt / 2))
-        if self.perspective: inwards.append(torch.rand(4, 2).numpy() * self.perspective)
+        if self.perspective: inwards.append(torch.rand(4, 2).float().numpy() * self.perspective)
         matrix = rotation_matrix(_uniform(-self.rotate, self.rotate), size)
-        for shares in inwards:
-            source = (corners + shares * (1 - 2 * corners)) * size
-            matrix = matrix @ perspective_matrix(corners * size, source)
+        for s in inwards:
+            matrix @= perspective_matrix(corners * size, (corners + s * (1 - 2 * corners)) * size)
         return matrix
     def __call__(self, image: Image.Image) -> Image.Image:
-        if not _chance(self.p): return image
-        return warp(image, self.matrix(image.size), self.resample, self.fill)
+        if not _chance(self.p): return _picture(image, self.fill)
+        return warp(image, self.matrix(_picture(image).size), self.resample, self.fill)
 
 # %% ../nbs/09_transforms.ipynb #34430147
 def adjust(
@@ -229,8 +229,10 @@ def adjust(
     hue: float = 0., # Turns of the colour wheel; .5 makes each colour its opposite
 ) -> Image.Image: # Of the same mode
     "Change colours, in the order of the arguments"
-    if image.mode not in ('L', 'LA', 'RGB', 'RGBA'): raise ValueError(
-        f"colours of {image.mode} cannot be adjusted; make it RGB, and leave masks out")
+    if _picture(image).mode not in ('L', 'LA', 'RGB', 'RGBA'): raise ValueError(
+        f"colours of {image.mode} cannot be adjusted; open_image(path, 'RGB'), and leave masks out")
+    _within(-100, 100, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    if (brightness, contrast, saturation, hue) == (1, 1, 1, 0): return image
     x = image.convert(image.mode.removesuffix('A')) # LA: L, RGBA: RGB
     if brightness != 1: x = Image.blend(Image.new(x.mode, x.size), x, brightness)
     if contrast != 1:
@@ -239,22 +241,20 @@ def adjust(
     if saturation != 1: x = Image.blend(x.convert('L').convert(x.mode), x, saturation)
     if hue % 1 and x.mode == 'RGB':
         h, s, v = x.convert('HSV').split()
-        h = h.point([(i + round(hue * 255)) % 255 for i in range(256)]) # 255 is a whole turn
+        h = h.point([(i + round(float(hue) * 255)) % 255 for i in range(256)]) # 255 is a whole turn
         x = Image.merge('HSV', (h, s, v)).convert('RGB')
     if image.mode.endswith('A'): x.putalpha(image.getchannel('A'))
     return x
 class ColorJitter:
     "Changes brightness, contrast, saturation and hue at random"
     def __init__(
-        self,
-        brightness: float = 0., contrast: float = 0., saturation: float = 0., # 1 ± so much
+        self, brightness: float = 0., contrast: float = 0., saturation: float = 0., # 1 ± so much
         hue: float = 0., # Turns of the colour wheel, at most; up to .5
         p: float = 1., # The probability that something is drawn
     ):
-        self.spread, self.hue, self.p = (brightness, contrast, saturation), hue, _checked_p(p)
-        if min(self.spread) < 0 or not 0 <= hue <= .5: raise ValueError(
-            f'amounts are 0 or more, and hue at most .5; got {self.spread} and {hue}')
+        [self.hue], [self.p] = _within(0, .5, hue=hue), _within(0, 1, p=p)
+        self.spread = _within(0, 9, brightness=brightness, contrast=contrast, saturation=saturation)
     def __call__(self, image: Image.Image) -> Image.Image:
-        if not _chance(self.p): return image
+        if not _chance(self.p): return adjust(image)
         b, c, s = (_uniform(max(0, 1 - s), 1 + s) for s in self.spread)
         return adjust(image, b, c, s, _uniform(-self.hue, self.hue))

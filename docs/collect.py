@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def explained(tree: Path = root) -> dict[str, Path]:
 def bound(path: Path) -> dict[str, str]:
     "What the code of a notebook binds: names with the module of dlfound that they come from, or with nothing"
     found = {}
-    for n in (n for c in code_cells(read(path)) for n in ast.walk(parsed(c))):
+    every = [n for c in code_cells(read(path)) for n in ast.walk(parsed(c))]
+    methods = {id(m) for n in every if isinstance(n, ast.ClassDef) for m in n.body if isinstance(m, ast.FunctionDef)}
+    for n in (n for n in every if id(n) not in methods):
         if isinstance(n, ast.ImportFrom):
             home = n.module.removeprefix('dlfound.') if (n.module or '').startswith('dlfound.') else ''
             for a in n.names: found[a.asname or a.name] = home
@@ -99,6 +102,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in [head, ['---'] * len(head), *lines])
 
 
+def even(kind: str, head: list[str], lines: list[list[str]]) -> str:
+    "One of the tables of a page whose columns are all as wide as each other's"
+    return f'```{{table}}\n:class: even {kind}\n\n{table(head, lines)}```\n'
+
+
 def tocs(*pages: str, **options: str) -> str:
     "A list of pages for the navigation alone"
     given = ''.join(f':{k}: {v}\n' for k, v in options.items())
@@ -111,7 +119,8 @@ def markdown(path: Path, text: str, tree: Path) -> str:
         to = (path.parent / m[1]).resolve()
         if to.is_dir(): return f']({m[1].rstrip("/")}/index.md)'
         return f']({m[1].replace("README.md", "start.md").replace("index.ipynb", "index.md")})'
-    text = linked(text, path, notebooks(tree))
+    pieces = re.split(r'^(```.*?^```\n?)', text, flags=re.M | re.S) # A block of code has no links
+    text = ''.join(t if t.startswith('```') else linked(t, path, notebooks(tree)) for t in pieces)
     return re.sub(r'\]\((?!\w+:|#|<)([^)#\s]+)(?=[)#])\)', link, text)
 
 
@@ -143,6 +152,8 @@ def code(c: dict, path: Path, name: str, tree: Path) -> list[dict]:
         listed = ': ' + ', '.join(f'`{n}`' for n in names) if names else ''
         cells.append(f'{label}{{.exported}}\nIn the package, `dlfound.{name}`{listed}')
     elif any(verdict_type in o.get('data', {}) for o in c['outputs']): cells.append(label)
+    shown = [''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for o in c['outputs']]
+    if any(len(line) > 100 for text in shown for line in text.splitlines()): tags.append('long')
     if len(lines) > longest:
         tags.append('hide-input')
         book |= dict(code_prompt_show=f'Show {len(lines)} lines of code', code_prompt_hide='Hide the code')
@@ -209,7 +220,7 @@ def api(tree: Path) -> str:
         lines = []
         for name, path in explained(tree).items():
             if not chosen(path) or name not in modules(tree): continue
-            names = ', '.join(f'`{n}`' for n in modules(tree)[name])
+            names = ', '.join(f'{{py:obj}}`{n} <dlfound.{name}.{n}>`' for n in modules(tree)[name])
             lines.append([f'[dlfound.{name}]({name}.rst)', f'[{heading(path)[0]}](../{page(path, tree)}.ipynb)', names])
         if lines: text += [f'## {what}', '', table(['module', 'explained in', 'exports'], lines)]
     return '\n'.join(text) + '\n' + tocs(*(n for n in explained(tree) if n in modules(tree)))
@@ -228,7 +239,7 @@ def lessons(tree: Path, before: str, after: str) -> str:
             taken = seconds(manifest(tree).get(key(p, tree), {}).get('seconds', 0))
             lines.append([f'[{heading(p)[0]}]({p.name})', question, gives, hours(read(p)), taken])
         text += [f'## {heading(first)[0]}', '',
-                 table(['lesson', 'question', 'gives', 'hours to read', 'seconds to run'], lines)]
+                 even('lessons', ['lesson', 'question', 'gives', 'hours to read', 'seconds to run'], lines)]
     return '\n'.join([*text, after])
 
 
@@ -240,21 +251,29 @@ def tools(tree: Path) -> str:
             + table(['tool', 'what it is for'], lines) + '\n' + tocs(*(p.stem for p in inside)))
 
 
+def verdicts(path: Path) -> list[tuple[str, dict[str, str]]]:
+    "What a notebook's cells say of papers: the id of each cell, and its verdict"
+    return [(c['id'], {k: plain(x) for k, x in o['data'][verdict_type].items()}) for c in code_cells(read(path))
+            for o in c['outputs'] if verdict_type in o.get('data', {})]
+
+
+def became(tree: Path, of: str = '') -> str:
+    "How many claims there are, and what became of them"
+    count = Counter(v['verdict'] for p in notebooks(tree) for _, v in verdicts(p))
+    return f'{count.total()} claims{of}: ' + (', '.join(f'{n} {word}' for word, n in count.most_common()) or 'none yet')
+
+
 def papers(tree: Path) -> str:
     "Every verdict that a notebook has saved, with the figures that decide it"
-    text, count = [], {}
+    text = []
     for p in notebooks(tree):
-        lines = []
-        for c in code_cells(read(p)):
-            for v in (o['data'][verdict_type] for o in c['outputs'] if verdict_type in o.get('data', {})):
-                v = {k: plain(x) for k, x in v.items()}
-                count[v['verdict']] = count.get(v['verdict'], 0) + 1
-                lines.append([f'[{v["paper"]}](#{p.stem}-{c["id"]})', v['claim'], v['theirs'], v['ours'], v['verdict']])
-        if lines: text += [f'## {heading(p)[0]}', '', table(['paper', 'claim', 'theirs', 'ours', 'verdict'], lines)]
-    said = ', '.join(f'{n} {word}' for word, n in count.items()) or 'none yet'
+        lines = [[f'[{v["paper"]}](#{p.stem}-{cell})', v['claim'], v['theirs'], v['ours'], v['verdict']]
+                 for cell, v in verdicts(p)]
+        head = ['paper', 'claim', 'theirs', 'ours', 'verdict']
+        if lines: text += [f'## {heading(p)[0]}', '', even('papers', head, lines)]
     about = ('What papers claim, and what came of it on a small machine. Each row is the output of a cell whose own '
              'numbers decide the verdict, and the paper links to that cell.')
-    total = (f'{sum(count.values())} claims so far: {said}. *Not at this scale* says that our experiment was too small '
+    total = (f'{became(tree)}. *Not at this scale* says that our experiment was too small '
              'to show the effect, not that the paper is wrong.')
     return '\n'.join(['# Papers', '', about, '', total, '', *text])
 
@@ -265,7 +284,7 @@ def figure(x) -> str:
     s = x['median_s']
     units = dict(s=1, ms=1e3, µs=1e6, ns=1e9)
     unit, factor = next(((u, f) for u, f in units.items() if s * f >= 1), ('ns', 1e9))
-    return f'{s * factor:.3g} {unit}'
+    return f'{s * factor:.3g}\u00a0{unit}'
 
 
 def measured(tree: Path) -> str:
@@ -279,12 +298,51 @@ def measured(tree: Path) -> str:
         m = found['machine']
         versions = ', '.join(f'{k} {v}' for k, v in m['versions'].items() if v)
         lines = [[plain(r['what']), f'{r["ratio"]:.3g}' if isinstance(r['ratio'], float) else figure(r['ratio']),
-                  plain(r['goal'] or ''), {True: 'yes', False: 'no'}.get(r['met'], ''), figure(r['ours']),
+                  plain(r['goal'] or '').replace('\\>= ', '≥\u00a0'),
+                  {True: 'yes', False: 'no'}.get(r['met'], ''), figure(r['ours']),
                   figure(r['peer'])] for r in found['results']]
         text += [f'## {path.stem}', '', plain(about), '', f'{m["cpu"]}, {m["vector_unit"]}, {m["threads"]} of '
                  f'{m["cores"]} cores, {m["system"]}, Python {m["python"]}, {versions}.', '',
-                 table(['what', 'ratio', 'goal', 'met', 'ours', 'peer'], lines)]
+                 even('measured', ['what', 'ratio', 'goal', 'met', 'ours', 'peer'], lines)]
     return '\n'.join(text)
+
+
+def questions(tree: Path) -> dict[str, str]:
+    "For the front page: what each group of lessons asks first, and how much there is"
+    found, every = rows((tree / 'README.md').read_text('utf-8')), groups(tree)
+    text = []
+    for first, inside in every.items():
+        title, more = heading(first)[0], f', and {len(inside) - 1} more' if len(inside) > 1 else ''
+        question = [*found.get(first.stem, []), '', ''][1] or title
+        text.append(f'- [{question}](nbs/{key(first, tree)}) {title}{more}')
+    lessons = sum(map(len, every.values()))
+    time = sum(float(hours(read(p))) for inside in every.values() for p in inside)
+    count = f'{lessons} lessons, {time:.0f} hours to read. The lessons test {became(tree, " of [papers](papers.md)")}.'
+    return dict(questions='\n'.join(text), count=count)
+
+
+def prose(tree: Path, found: dict[str, str]) -> dict[str, list[str]]:
+    "By page, or by the place of a name, the paragraphs in which the search looks for something to show"
+    def paragraphs(text):
+        text = re.sub(r'^(```|:::|\$\$).*?^\1`*$', '', text, flags=re.M | re.S)
+        for pattern, to in (r'!?\[([^\]]*)\]\([^)]*\)', r'\1'), (r'\{[\w:]+\}(?=`)', ''), (r'[`*]|\\(?=\W)', ''):
+            text = re.sub(pattern, to, text)
+        whole = (' '.join(p.split()) for p in re.split(r'\n\s*\n', text))
+        return [p for p in whole if re.match(r'\w', p) and not p.startswith('---')]
+    text = {}
+    for name, page in found.items():
+        if name.endswith('.ipynb'):
+            cells = [source(c) for c in json.loads(page)['cells'] if c['cell_type'] == 'markdown']
+            text[name[:-6]] = paragraphs('\n\n'.join(c for c in cells if not re.match(r'[({`]', c)))
+        elif name.endswith('.md'): text[name[:-3]] = paragraphs(page)
+    for name in modules(tree):
+        code = ast.parse((tree / f'dlfound/{name}.py').read_text('utf-8'))
+        text[f'api/{name}'] = [summary(name, tree)]
+        for n in (n for n in code.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))):
+            for at, x in [(n.name, n), *((f'{n.name}.{m.name}', m) for m in n.body if isinstance(m, ast.FunctionDef))]:
+                said = (ast.get_docstring(x) or '').replace('`', '').split()
+                if said: text[f'api/{name}#dlfound.{name}.{at}'] = [' '.join(said)]
+    return {k: v for k, v in text.items() if v}
 
 
 def parts(text: str) -> dict[str, str]:
@@ -310,8 +368,12 @@ def pages(tree: Path) -> dict[str, str]:
     before, after = pattern.sub('\0', part.pop('Lessons')).replace('](nbs/', '](').split('\0')
     first = next(p for p in every if is_lesson(p))
     lead, rest = part.pop('intro').strip().split('\n\n', 1)
-    front = dict(lead=lead, rest=rest, first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
+    picture, rest = re.match(r'((?:!\[.*\n+\*.*\n*)?)([\s\S]*)', rest).groups()
+    begin = f'[Read it](nbs/{key(first, tree)})'
+    front = dict(lead=lead, rest=rest, picture=picture, begin=begin,
+                 first=f'[{heading(first)[0]}]({key(first, tree)})'.replace('](', '](nbs/'),
                  run=block(part['Start'], '```'), use=block(part['Using the package'], '```python'))
+    front |= questions(tree)
     front['lessons'] = '\n'.join(page(p, tree) for p in groups(tree))
     front['project'] = '\n'.join(p.stem for p in others(tree))
     index = re.sub(r'\{\{(\w+)\}\}', lambda m: front[m[1]].strip(), (here / 'index.md').read_text('utf-8'))
@@ -352,3 +414,6 @@ def write(tree: Path, out: Path) -> None:
             if str(to) in found or '..' in to.parts or not (tree / to).is_file(): continue
             (out / to).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tree / to, out / to)
+    static = out.parent / 'static'
+    static.mkdir(exist_ok=True)
+    (static / 'prose.js').write_text(f'const prose = {json.dumps(prose(tree, found))}\n', encoding='utf-8')

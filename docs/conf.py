@@ -43,8 +43,9 @@ viewcode_line_numbers = True
 
 # Looks
 html_theme = 'sphinx_book_theme'
-html_static_path = ['static']
+html_static_path = ['static', '_work/static']
 html_css_files = ['site.css']
+html_favicon = 'static/icon.svg'
 templates_path = ['templates']
 html_copy_source = False
 html_show_sourcelink = False

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import webbrowser
-from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,14 +34,12 @@ def missing() -> list[str]:
     return found
 
 
-def sphinx(builder: str, out: Path) -> list[str]:
-    "Run Sphinx on the collected pages; what it warns of, or why it ended"
-    said = work / f'{builder}.txt'
-    trees = work / 'trees' / builder.removeprefix('single') # One page of everything is read as all the pages were
-    options = ['-n', '-q', '-b', builder, '-c', docs, '-d', trees, '-w', said]
-    done = subprocess.run([sys.executable, '-m', 'sphinx', *options, work / 'pages', out], cwd=root, text=True,
-                          env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    text = re.sub('\x1b.*?m', '', said.read_text('utf-8') if said.exists() else '')
+def sphinx(*forms: str) -> list[str]:
+    "Let Sphinx read the collected pages and write them in these forms; what it warns of, or why it ended"
+    done = subprocess.run([sys.executable, docs / 'render.py', work, *forms], cwd=root, text=True, env=environment(),
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    found = [work / f'{said}.txt' for said in ('dummy', forms[0])] # Other forms would say the same once more
+    text = re.sub('\x1b.*?m', '', ''.join(p.read_text('utf-8') for p in found if p.exists()))
     bad = [line.replace(f'{work}/', '').replace(f'{root}/', '') for line in text.splitlines() if line.strip()]
     return bad if not done.returncode or bad else [f'Sphinx ended with {done.returncode}: {done.stderr[-3000:]}']
 
@@ -53,12 +50,11 @@ def build() -> dict[str, list[str]]:
     import faults
     shutil.rmtree(work, ignore_errors=True)
     collect.write(root, work / 'pages')
-    with ThreadPoolExecutor(2) as pool: # A process each: one would take half as long again
-        said, _ = pool.map(sphinx, ('html', 'markdown'), (work / 'html', work / 'copies/markdown'))
+    said = sphinx('html', 'markdown')
     if not (work / 'html/search.html').exists(): return {'all pages': said}
-    copies = [*(work / 'copies/markdown').rglob('*.md')]
+    copies = [*(work / 'markdown').rglob('*.md')]
     if not copies: said.append('there are no Markdown copies')
-    for p in copies: shutil.copy(p, work / 'html' / p.relative_to(work / 'copies/markdown'))
+    for p in copies: shutil.copy(p, work / 'html' / p.relative_to(work / 'markdown'))
     (work / 'html/llms.txt').write_text(collect.contents(root), encoding='utf-8')
     shutil.rmtree(site, ignore_errors=True)
     (work / 'html').rename(site)
@@ -79,10 +75,10 @@ def pdf() -> int:
     "One page of everything, printed by Chromium"
     browser = next(filter(None, map(shutil.which, browsers)), None)
     if not browser: sys.exit('make pdf prints with Chromium, which is not there: install it (chromium), or Chrome')
-    sphinx('singlehtml', work / 'single')
+    sphinx('singlehtml')
     done = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--no-pdf-header-footer',
                            '--generate-pdf-document-outline', f'--print-to-pdf={site / "dlfound.pdf"}',
-                           work / 'single/index.html'], stderr=subprocess.PIPE, text=True)
+                           work / 'singlehtml/index.html'], stderr=subprocess.PIPE, text=True)
     if done.returncode: print(done.stderr[-2000:], file=sys.stderr)
     else: print(f'{(site / "dlfound.pdf").relative_to(root)}: {(site / "dlfound.pdf").stat().st_size / 1e6:.1f} MB')
     return done.returncode

@@ -20,6 +20,7 @@ from dlfound.learner import (Callback, CancelBatch, CancelFit, DataLoaders, Devi
                              label_weight)
 from dlfound.loader import DataLoader
 from dlfound.minibatch import Dataset, accuracy, cross_entropy
+from dlfound.mixed_precision import AMP, MixedPrecision
 from dlfound.sanity import SanityWarning
 from dlfound.state import map_tensors
 
@@ -421,3 +422,36 @@ def test_map_tensors_leaves_what_it_was_given():
     inner = dict(a=torch.ones(1))
     map_tensors(lambda t: t + 1, [inner])
     assert inner['a'] == 1
+
+
+# A model that is called in 16 bits
+
+class Half(Callback):
+    "What anybody may write"
+    def around_forward(self, learn, proceed):
+        with torch.autocast('cpu', torch.float16): proceed()
+        learn.pred = learn.pred.float()
+
+
+class Grows(nn.Module):
+    "Overflows float16 from the third training batch on"
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.n = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), 0
+    def forward(self, x):
+        self.n += self.training
+        return self.b(self.norm(self.a(x)) * (1e6 if self.n > 2 else 1))
+
+
+@quiet
+@pytest.mark.parametrize('make', [Half, partial(MixedPrecision, torch.float16), partial(AMP, torch.float16)])
+@pytest.mark.parametrize('ends', [True, False])
+def test_an_overflow_in_16_bits_late_in_a_fit_is_found_where_it_was(make, ends):
+    learn = learner(Grows(), train=[8] * 5, valid=(), cbs=[make(), *[TerminateOnNaN()] * ends])
+    found = []
+    def fit():
+        try: learn.fit(1)
+        except FloatingPointError as e: found.append(str(e))
+    found += told(fit)
+    text = next(text for text in found if 'in batch 2' in text)
+    assert 'it began in the output of layer b (Linear) in float16' in text and 'or use bfloat16' in text

@@ -215,9 +215,33 @@ def test_sizes_and_types(height, width, mode):
     assert 0 <= to_float(x).min() and to_float(x).max() <= 1
 
 
-@pytest.mark.parametrize('size', [0, (4, 0), (1, 2, 3), -1, ()])
+@pytest.mark.parametrize('size', [0, (4, 0), (1, 2, 3), -1, [5], np.int64(0), torch.tensor([4, -1])])
 def test_sizes_that_are_none(size):
     with pytest.raises(ValueError, match='number of pixels, or .height, width.'): ResizeFixed(size)
+
+
+@pytest.mark.parametrize('size', [True, 8., (8., 8), None, '8', (), np.float32(8), torch.tensor(8.), torch.tensor(True),
+                                  1e30, float('nan'), ('8', '8'), (True, False)], ids=repr)
+def test_sizes_that_are_no_whole_numbers(size):
+    with pytest.raises(TypeError, match='size is in whole pixels, got '): ResizeFixed(size)
+
+
+@pytest.mark.parametrize('size', [8, np.int64(8), np.uint8(8), np.array(8), torch.tensor(8), (8, 8), [8, 8],
+                                  np.array([8, 8]), torch.tensor([8, 8]), torch.Size([8, 8]),
+                                  (np.int64(8), torch.tensor(8))], ids=repr)
+def test_sizes_that_are_whole_numbers_of_any_kind(size):
+    resize = ResizeFixed(size)
+    assert resize.size == (8, 8) and {*map(type, resize.size)} == {int}
+    assert resize(Image.new('L', (5, 7))).size == (8, 8)
+
+
+def test_the_first_side_is_the_height():
+    assert ResizeFixed(np.array([3, 5]))(Image.new('L', (9, 9))).size == (5, 3)
+
+
+@pytest.mark.parametrize('bad', ['bilinear', 9, None])
+def test_a_filter_that_there_is_not_is_refused_at_once(bad):
+    with pytest.raises(ValueError, match='not a valid Resampling'): ResizeFixed(8, bad)
 
 
 def test_what_is_a_tensor_already(tmp_path):

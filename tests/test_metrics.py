@@ -369,3 +369,14 @@ def test_metrics_alone_in_a_loop():
 def test_validation_alone_shows_nothing(capsys):
     learn = Learner(DataLoaders([], batches(4)), nn.Linear(6, 3), loss_func)
     assert set(learn.validate()) == {'valid_loss'} and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_whole_type_are_looked_up(dtype):
+    weight, labels = torch.rand(200), torch.tensor([3, 1, 1, 0, 156 if dtype == torch.uint8 else 199])
+    for f in nn.CrossEntropyLoss(weight), nn.NLLLoss(weight, ignore_index=1):
+        assert label_weight(f, labels.to(dtype)) == label_weight(f, labels)
+        assert label_weight(f, labels.to(dtype), each=True) == label_weight(f, labels, each=True)
+    assert label_weight(F.cross_entropy, labels.to(dtype)) == 5 # As a byte, −100 would be 156
+    pixels = labels.view(5, 1, 1).expand(5, 2, 2)
+    assert label_weight(nn.CrossEntropyLoss(weight), pixels.to(dtype)) == pytest.approx(4 * float(weight[labels].sum()))

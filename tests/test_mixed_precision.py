@@ -1,6 +1,7 @@
 "Sixteen bits in a forward pass and nowhere else: gradients, state and other features are those of float32."
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +165,7 @@ def test_fit_is_near_that_of_float32(kind, dtype):
     assert_close(torch.tensor(mixed[Recorder].losses), torch.tensor(plain[Recorder].losses), rtol=.02, atol=.01)
     assert mixed[kind].skipped == 0 and (mixed[kind].scale is None) == (dtype == torch.bfloat16)
     assert {p.dtype for p in mixed.params} | {mixed.get_preds()[0].dtype} == {torch.float32}
+    assert mixed.predict(torch.randn(6)).dtype == torch.float32
 
 
 @both
@@ -476,3 +478,116 @@ def test_activation_checkpoints():
 @pytest.mark.parametrize('bad', [dict(init_scale=2.**128), dict(dtype='float16')])
 def test_arguments_are_told(bad):
     with pytest.raises(ValueError, match=r"2\*\*128|'float16'"): AMP(**bad)
+
+
+# What the plain block cannot do
+
+class Again(nn.Module):
+    def __init__(self, inner, reentrant):
+        super().__init__()
+        self.read, self.inner, self.reentrant = nn.Linear(6, 6), inner, reentrant
+    def forward(self, x): return checkpoint(self.inner, self.read(x), use_reentrant=self.reentrant)
+
+
+@both
+@halves
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('inner', [net, lambda: nn.Sequential(Scatter(), nn.LayerNorm(6), nn.Linear(6, 3))])
+def test_checkpoints_change_no_loss(kind, dtype, reentrant, inner):
+    found = []
+    for cut in True, False:
+        torch.manual_seed(0)
+        model = Again(inner(), reentrant)
+        if not cut: model = nn.Sequential(model.read, model.inner)
+        told(lambda: found.append(fit(kind(dtype), epochs=2, model=model)))
+        assert found[-1][kind].wide == ([] if inner is net else ['inner.0' if cut else '1.0'])
+    assert found[0][Recorder].losses == found[1][Recorder].losses
+    assert all(torch.equal(p, q) for p, q in zip(found[0].params, found[1].params))
+
+
+types = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize('kind, dtype, stored', [(MixedPrecision, a, b) for a in types for b in types]
+                         + [(AMP, a, a) for a in types]) # Autocast converts nothing for norms
+def test_a_frozen_body_of_16_bits(kind, dtype, stored):
+    def model(convert):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+        return nn.Sequential(body.to(stored).to(convert).requires_grad_(False), nn.Linear(8, 3))
+    learn, plain = fit(kind(dtype), model=model(stored)), fit(model=model(torch.float32))
+    assert_close(torch.tensor(learn[Recorder].losses), torch.tensor(plain[Recorder].losses), rtol=.02, atol=.01)
+    assert {p.dtype for p in learn.model[0].parameters()} == {stored} and learn[kind].wide == []
+
+
+def test_an_adapter_on_a_frozen_matrix():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(6, 8).half().requires_grad_(False)
+            self.a, self.b = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.zeros(2, 8))
+        def forward(self, x): return self.base(x) + x @ self.a @ self.b
+    for dtype in torch.bfloat16, torch.float16:
+        learn = fit(MixedPrecision(dtype), model=nn.Sequential(Adapted(), nn.Linear(8, 3)))
+        assert learn.model[0].b.abs().max() > 0 and learn[MixedPrecision].wide == []
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: torch.Tensor
+    extra: list
+    name: str = 'answer'
+
+
+class Says(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.say = nn.Linear(6, 3)
+    def forward(self, x): return [Answer(out := self.say(x), [out, Answer(out, [])])]
+
+
+@both
+@halves
+def test_predictions_in_dataclasses_are_float32(kind, dtype):
+    def loss(pred, y):
+        assert {pred[0].logits.dtype, pred[0].extra[1].logits.dtype} == {torch.float32}
+        return F.cross_entropy(pred[0].logits, y)
+    losses = []
+    for cbs in [], [kind(dtype)]:
+        torch.manual_seed(0)
+        learn = Learner(DataLoaders(batches(8, 8)), Says(), loss, lr=.1, cbs=cbs, progress=False)
+        learn.fit(1)
+        losses.append(torch.tensor(learn[Recorder].losses))
+    assert_close(*losses, rtol=.02, atol=.01)
+
+
+def test_dataclasses_that_are_dicts():
+    @dataclass
+    class Output(dict):
+        a: torch.Tensor | None = None
+    x = Output(torch.ones(2).half())
+    x['a'] = x.a
+    assert widen(x)['a'].dtype == torch.float32 and type(widen(x)) is Output
+    assert narrow(Output, torch.float16) is Output # The class itself is no structure
+
+
+@both
+def test_float64_is_told(kind):
+    data = [(x.double(), y) for x, y in batches(8, 8)]
+    learn = Learner(DataLoaders(data), net().double(), F.cross_entropy, lr=.1, cbs=kind(), progress=False)
+    log = [m for m in told(lambda: (learn.fit(1), learn.fit(1))) if 'float()' in m]
+    assert len(log) == 1 and 'model.0.weight has 64 bits' in log[0]
+    assert learn.pred.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_scripted_and_traced_models():
+    for make in torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(8, 6)):
+        with pytest.raises(TypeError, match='scripted and traced.*AMP'): fit(MixedPrecision(), model=make(net()))
+        assert_close(fit(AMP(), model=make(net()))[Recorder].losses[0], fit()[Recorder].losses[0], rtol=.02, atol=0)
+
+
+@pytest.mark.parametrize('bad', [dict(growth_interval=2.5), dict(growth_interval='x'), dict(init_scale='x'),
+                                 dict(init_scale=float('nan'))])
+def test_arguments_that_are_no_numbers(bad):
+    with pytest.raises(ValueError, match='init_scale is a number.*got'): MixedPrecision(torch.float16, **bad)

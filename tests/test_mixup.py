@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlfound.checkpoint import Checkpoint, resume
-from dlfound.learner import (Callback, CancelBatch, DataLoaders, GradientAccumulation, GradientClip, Learner, Recorder,
-                             label_weight)
+from dlfound.learner import (Callback, CancelBatch, DataLoaders, GradientAccumulation, GradientClip, Learner, Metric,
+                             Recorder, label_weight)
+from dlfound.metrics import check_weight
 from dlfound.minibatch import Dataset, accuracy
 from dlfound.mixup import CutMix, LabelSmoothing, MixUp, MixUpOrCutMix, mixed_loss, random_boxes, soft_accuracy
+from dlfound.sanity import SanityWarning, check_first_loss, check_target
 from dlfound.search import lr_find
 
 quiet = pytest.mark.filterwarnings('ignore::UserWarning')
@@ -444,3 +446,38 @@ def test_a_module_may_take_the_reduction_in_its_forward():
 def test_accuracy_of_whole_numbers_in_rows():
     pred, y = torch.randn(9, 3), torch.arange(9) % 3
     assert soft_accuracy(pred, F.one_hot(y, 3)) == accuracy(pred, y)
+
+
+# What the checks know of smoothed labels
+
+@quiet
+def test_checks_and_averages_know_smoothing():
+    weight, data = torch.tensor([1., 50., .2]), batches(7, 2)
+    loss = LabelSmoothing(weight=weight, ignore_index=2)
+    for _, y in data:
+        assert label_weight(loss, y) == label_weight(nn.CrossEntropyLoss(weight, ignore_index=2), y)
+    with pytest.warns(SanityWarning, match='pass weight='): check_weight(loss, data[0][1], 7)
+    with pytest.warns(SanityWarning, match='take no sums'):
+        check_weight(LabelSmoothing(reduction='sum'), data[0][1], 7)
+    with pytest.raises(ValueError, match='argmax'): check_target(loss, torch.randn(4, 3), torch.ones(4, 3).long())
+    values = Metric(lambda p, t: p.sum() / len(p), 'values')
+    learn = Learner(DataLoaders(data, data), net(), loss, metrics=values, progress=False,
+                    weight=lambda l: label_weight(l.loss_func, l.target()))
+    row, x, y = learn.validate(), *(torch.cat(t) for t in zip(*data))
+    kept = torch.tensor([(y != 2).sum() for _, y in data])
+    means = torch.stack([learn.model(x).sum() / len(x) for x, _ in data])
+    assert row['values'] == pytest.approx(float((means * kept).sum() / kept.sum()), abs=1e-6)
+    assert row['valid_loss'] == pytest.approx(float(loss(learn.model(x), y)), abs=1e-5)
+
+
+def test_the_first_loss_of_smoothing_is_judged():
+    pred, y = 30 * torch.randn(16, 10), torch.randint(10, (16,))
+    with pytest.warns(SanityWarning, match='the first loss'):
+        check_first_loss(LabelSmoothing(), pred, LabelSmoothing()(pred, y))
+
+
+def test_labels_out_of_range_are_named_and_options_printed():
+    for k in 3, -1:
+        with pytest.raises(ValueError, match=rf'labels go from 0 to 2, got \[{k}\]'):
+            LabelSmoothing()(torch.randn(4, 3), torch.tensor([0, 1, k, 2]))
+    assert repr(LabelSmoothing(.2, reduction='sum')) == "LabelSmoothing(eps=0.2, ignore_index=-100, reduction='sum')"

@@ -3,6 +3,7 @@ import copy
 import gc
 import math
 import random
+import re
 import warnings
 import weakref
 from collections import OrderedDict, namedtuple
@@ -841,3 +842,68 @@ def test_on_an_accelerator():
     with pytest.raises(ValueError, match='with labels'): check_target(minibatch.cross_entropy, model(x), y + 5)
     with pytest.raises(FloatingPointError, match='the inputs'):
         check_finite(torch.tensor(nan, device=device), model, x * nan)
+
+# 16 bits, and losses that say what they are
+
+def test_an_overflow_in_float16_is_found_if_the_model_is_called_as_it_was():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(.5), nn.Linear(8, 4)), torch.randn(16, 8)
+    with torch.no_grad(): model[3].weight.mul_(1e6)
+    def narrow():
+        with torch.autocast('cpu', torch.float16): return model(x)
+    place = r'the output of layer 3 \(Linear\) in float16.*keep that layer in float32, or use bfloat16'
+    with Traces(model): assert re.match(place, first_nonfinite(model, x, call=narrow))
+    with Traces(model): assert first_nonfinite(model, x).endswith('the model is finite')
+    with Traces(model), pytest.raises(FloatingPointError, match=f'inf in batch 5; it began in {place}'):
+        check_finite(inf, model, x, batch=5, call=narrow)
+    with torch.autocast('cpu', torch.float16): assert re.match(place, first_nonfinite(model, x)) # In the block itself
+    loss = model(x).sum()
+    first_nonfinite(model, x, call=narrow)
+    loss.backward() # The buffers of the graph have not changed
+    with torch.no_grad(): model[3].weight.fill_(inf)
+    assert first_nonfinite(model, x, call=narrow) == 'the weight 3.weight' # Which is no matter of 16 bits
+
+
+def test_a_call_with_more_than_inputs():
+    class Masked(nn.Module):
+        def forward(self, x, *, mask): return (x * mask).log()
+    model, x = nn.Sequential(Masked()), torch.ones(4, 2)
+    with pytest.raises(FloatingPointError, match='no layer can be named'): check_finite(nan, model[0], x)
+    with pytest.raises(FloatingPointError, match=r'the output of the model \(Masked\)$'):
+        check_finite(nan, model[0], x, call=lambda: model[0](x, mask=0))
+
+
+class Inherits(nn.CrossEntropyLoss):
+    "As users make them: options of their own, the `forward` of PyTorch"
+    def __init__(self, counts): super().__init__(weight=1 / counts, ignore_index=0)
+
+
+class Says(Focal): known_as = 'cross_entropy'
+
+
+class Silent(Inherits): known_as = ''
+
+
+def test_losses_that_say_what_they_are():
+    counts, pred = torch.tensor([1., 2., 4.]), torch.randn(4, 3)
+    name, options = known_loss(Inherits(counts))
+    assert name == 'cross_entropy' and torch.equal(options['weight'], 1 / counts) and options['ignore_index'] == 0
+    assert known_loss(partial(Says(reduction='sum')))[0] == 'cross_entropy' and known_loss(Silent(counts))[0] == ''
+    assert known_loss(type('Mean', (nn.NLLLoss,), {})())[0] == 'nll_loss'
+    trained = nn.CrossEntropyLoss()
+    trained.weight = nn.Parameter(torch.ones(3))
+    assert known_loss(trained)[1]['weight'] is trained.weight
+    for f in Inherits(counts), Says():
+        with pytest.raises(ValueError, match='argmax'): check_target(f, pred, torch.ones(4, 3).long())
+    def by_hand(pred, target, reduction='mean'): return F.cross_entropy(pred, target, reduction=reduction)
+    by_hand.known_as = 'cross_entropy'
+    with told() as texts: check_first_loss(by_hand, pred, torch.tensor(90.))
+    assert len(texts) == 1
+    by_hand.known_as = 'crossentropy'
+    with pytest.raises(ValueError, match="known_as is 'crossentropy', not in .'cross_entropy'"):
+        check_first_loss(by_hand, pred, torch.tensor(90.))
+
+
+def test_a_byte_that_looks_like_an_ignored_label():
+    with pytest.raises(ValueError, match='labels 3 to 156'):
+        check_target(F.cross_entropy, torch.randn(2, 5), torch.tensor([156, 3], dtype=torch.uint8))

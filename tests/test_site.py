@@ -45,8 +45,10 @@ first = [
     '#| export\nfrom dlfound.kit import one\n_all_ = ["one"]', "open('ran', 'w')",
     '#| export\ndef two(\n    n: int = 1, # How *often*, see `one`\n) -> int: # As many\n'
     '    "Two"\n    return n * (one() + 1)',
+    '#| export\nclass Counter:\n    "Counts"\n    def count(self): "One more"',
     '#| fig-alt: A dot\npicture()', '#| hide\nsecret()', 'verdict()', '\n'.join(f'x = {i}' for i in range(50))]
-words = ('By $a^2$ we call `two()` of `dlfound.first`, as lesson 01 does, and [here](01_second.ipynb#a-part).'
+words = ('A `Counter.count` and `count` are one. '
+         'By $a^2$ we call `two()` of `dlfound.first`, as lesson 01 does, and [here](01_second.ipynb#a-part).'
          '\n\n$$\\sum_i b_i$$')
 dot = ('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==')
 claim = dict(verdict='in part', paper='Doe 2020', claim='more is | more', theirs='3', ours='2')
@@ -97,6 +99,7 @@ def planted(tmp_path_factory):
                 'See [here](#no-words).', 'Call `dlfound.first.three`.', '![A picture](none.png)',
                 '![A picture](https://example.org/a.png)', 'So $\\nosuch$.', '<a href="gone.html">Gone</a>',
                 '<script src="https://example.org/a.js"></script>', '![](../dot.png)',
+                'Call `two_more(3)`, or a `FirstLearnr`.', 'See `dlfound.first.Counter.again`.',
                 settings='git_url = https://github.com/somebody/dlfound\n')
 
 
@@ -123,6 +126,8 @@ def test_names_lead_to_the_module_that_defines_them(clean):
     assert 'href="../api/first.html#dlfound.first.two"' in lesson
     assert 'id="dlfound.first.two"' in first and 'id="dlfound.kit.one"' in kit and 'id="dlfound.first.one"' not in first
     assert 'href="kit.html#dlfound.kit.one"' in first and '<em>often</em>' in first
+    assert lesson.count('href="../api/first.html#dlfound.first.Counter.count"') == 2
+    assert 'href="first.html#dlfound.first.two"' in page(clean, 'api/index.html')
     assert 'href="../nbs/00_first.html#first-first03"' in first and 'id="first-first03"' in lesson
     assert 'href="../_modules/dlfound/first.html#two"' in first
 
@@ -134,9 +139,18 @@ def test_cells(clean):
     assert 'In the package' in lesson and 'pip install' not in lesson
 
 
+def test_search_has_a_line_for_what_it_finds_and_fetches_nothing(clean):
+    found = json.loads(page(clean, '_static/prose.js').removeprefix('const prose = '))
+    assert found['nbs/00_first'][-1].startswith('A Counter.count and count') and 'here' in found['nbs/00_first'][-1]
+    assert found['api/first#dlfound.first.two'] == ['Two']
+    assert found['api/first#dlfound.first.Counter.count'] == ['One more']
+    assert 'prose.js' in page(clean, 'search.html') and 'prose.js' not in page(clean, 'index.html')
+    assert 'fetch(' not in page(clean, '_static/search.js')
+
+
 def test_what_is_gathered(clean):
     assert all(word in page(clean, 'papers.html') for word in ('Doe 2020', 'more is | more', '1 in part', 'in part'))
-    assert all(word in page(clean, 'measured.html') for word in ('2 ms', '4 ms', 'AVX2', 'Dots.'))
+    assert all(word in page(clean, 'measured.html') for word in ('2\xa0ms', '4\xa0ms', 'AVX2', 'Dots.'))
     assert '[00 first](nbs/00_first.md)' in page(clean, 'llms.txt')
     copies = {p.with_suffix('') for p in (clean[1] / 'docs/_build').rglob('*.md')}
     assert copies >= {p.with_suffix('') for p in (clean[1] / 'docs/_build/nbs').glob('*.html')}
@@ -151,7 +165,8 @@ def test_links_to_colab_only_where_there_is_an_address(clean, planted):
 
 @pytest.mark.parametrize('fault', [
     'nowhere.ipynb', 'no-part', 'no-words', r'dlfound\.first\.three', r'none\.png', r'example\.org/a\.png', 'nosuch',
-    r'gone\.html leads nowhere', r'example\.org/a\.js', 'has no alt text'])
+    r'gone\.html leads nowhere', r'example\.org/a\.js', 'has no alt text', 'two_more is named', 'FirstLearnr is named',
+    r'dlfound\.first\.Counter\.again'])
 def test_faults_are_found(planted, fault):
     failed = [line for line in planted[0].splitlines() if line.startswith('FAILED')]
     assert any(re.search(fault, line) for line in failed), planted[0]

@@ -1,6 +1,7 @@
 "Transforms of PIL images: what the lesson has no room for: every mode, odd sizes, workers, agreement with Pillow."
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,12 @@ def test_a_bend_stays_within_the_picture(tilt, perspective, seed):
     assert -1e-6 < (y / z).min() and (y / z).max() < 30 + 1e-6
 
 
+def test_turns_go_as_far_as_was_said_to_both_sides():
+    with seeded(0):
+        angles = torch.stack([RandomWarp(30).matrix((40, 30))[1, 0].asin().rad2deg() for _ in range(400)])
+    assert -30 <= angles.min() < -29 and 29 < angles.max() <= 30 and abs(angles.mean()) < 3
+
+
 def test_a_tilt_changes_one_side_only():
     corners = torch.tensor([[0, 0, 1], [40, 0, 1], [40, 30, 1], [0, 30, 1.]], dtype=torch.float64).T
     seen = set()
@@ -230,6 +237,139 @@ def test_bad_arguments_are_named():
             lambda: RandomResizedCrop(0), lambda: RandomWarp(tilt=-.1), lambda: ColorJitter(-1), \
             lambda: Dihedral(1.5), lambda: perspective_matrix([(0, 0)] * 4, [(0, 0), (1, 0), (1, 1), (0, 1)]):
         with pytest.raises(ValueError): bad()
+
+
+EVERY = {'flip': Flip, 'dihedral': Dihedral, 'crop': lambda p: RandomCrop(4), 'middle': lambda p: CenterCrop(4),
+         'resized': lambda p: RandomResizedCrop(4), 'resized middle': lambda p: CenterResizedCrop(4),
+         'warp': lambda p: RandomWarp(9, .1, .1, p=p), 'colours': lambda p: ColorJitter(.2, .2, .2, .1, p=p)}
+
+
+@pytest.mark.parametrize('p', [0, 1])
+@pytest.mark.parametrize('kind', EVERY)
+def test_what_is_no_picture_is_refused_whatever_is_drawn(kind, p):
+    transform = EVERY[kind](p)
+    for bad in torch.zeros(3, 8, 8), np.zeros((8, 8, 3)), 'a.png', Path('a.png'), None, Image.new('RGB', (0, 5)):
+        for _ in range(4):
+            with pytest.raises(TypeError, match='a PIL picture with pixels, no .*; first open_image'): transform(bad)
+
+
+MADE = {'p': [lambda p: Flip(p), lambda p: Dihedral(p), lambda p: RandomWarp(9, p=p), lambda p: ColorJitter(.1, p=p)],
+        'share': [lambda x: CenterResizedCrop(8, x)], 'rotate': [lambda x: RandomWarp(x)],
+        'tilt': [lambda x: RandomWarp(0, x)], 'perspective': [lambda x: RandomWarp(0, 0, x)],
+        'brightness': [lambda x: ColorJitter(x), lambda x: adjust(scene, x)],
+        'contrast': [lambda x: ColorJitter(0, x), lambda x: adjust(scene, 1, x)],
+        'saturation': [lambda x: ColorJitter(0, 0, x), lambda x: adjust(scene, saturation=x)],
+        'hue': [lambda x: ColorJitter(hue=x), lambda x: adjust(scene, hue=x)]}
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf, '0.5', None, (.1, .2), [], {}, torch.ones(2), -1e9,
+                                 1e9], ids=repr)
+@pytest.mark.parametrize('name', MADE)
+def test_a_parameter_that_is_no_such_number_is_named_where_it_is_given(name, bad):
+    for make in MADE[name]:
+        with pytest.raises(ValueError, match=f'^{name} is 1 number from .* to .*; got '): make(bad)
+
+
+@pytest.mark.parametrize('bad', [.5, '0.5', (.5,), (.1, .2, .3), (1, .5), (math.nan, 1), (.1, math.nan), (0, 1),
+                                 (.1, math.inf), ('.1', '1'), None, (-1, 1)], ids=repr)
+def test_two_numbers_in_order(bad):
+    for name in 'scale', 'ratio':
+        with pytest.raises(ValueError, match=f'^{name} is 2 numbers, in order, from'):
+            RandomResizedCrop(8, **{name: bad})
+    with pytest.raises(ValueError, match='^scale'): RandomResizedCrop(8, (.1, 1.1))
+
+
+def test_numbers_of_any_kind_are_taken():
+    low = torch.tensor(.5, dtype=torch.bfloat16)
+    for half in .5, np.float32(.5), np.array(.5), torch.tensor(.5), low, np.array([.5]):
+        assert Flip(half).p == RandomWarp(half, p=half).p == ColorJitter(half).spread[0] == .5
+        assert type(CenterResizedCrop(8, half).share) is float
+    assert Flip(True).p == 1 and ColorJitter(1, p=0).p == 0
+    for two in (.5, 1), [.5, 1], np.array([.5, 1]), torch.tensor([.5, 1]):
+        assert RandomResizedCrop(8, two, two).scale == [.5, 1]
+    assert adjust(scene, hue=torch.tensor(.25)).tobytes() == adjust(scene, hue=.25).tobytes()
+    bent = RandomWarp(perspective=torch.tensor(.1), tilt=np.float32(.1))(scene)
+    assert bent.size == scene.size
+
+
+@pytest.mark.parametrize('bad', ['bilinear', 9, None, -1])
+def test_a_filter_that_there_is_not_is_refused_at_once(bad):
+    for make in RandomResizedCrop, CenterResizedCrop:
+        with pytest.raises(ValueError, match='not a valid Resampling'): make(8, resample=bad)
+    with pytest.raises(ValueError, match='not a valid Resampling'): RandomWarp(9, resample=bad, p=0)
+
+
+@pytest.mark.parametrize('known', ['BOX', 'HAMMING', 'LANCZOS'])
+def test_a_warp_has_three_filters(known):
+    resample = Image.Resampling[known]
+    for fits in RandomResizedCrop(8, resample=resample), CenterResizedCrop(8, .9, resample):
+        assert fits(scene).size == (8, 8)
+    for make in lambda: RandomWarp(9, resample=resample, p=0), lambda: warp(scene, torch.eye(3), resample):
+        with pytest.raises(ValueError, match='Use .*BILINEAR'): make()
+
+
+@pytest.mark.parametrize('mode,fill', [*((mode, (1, 2, 3)) for mode in ('L', 'LA', '1', 'P', 'F', 'I', 'I;16')),
+                                       ('RGB', (1, 2)), ('RGB', math.nan), ('I;16', math.nan), ('L', .5),
+                                       ('RGB', 'nocolour')])
+def test_a_fill_that_is_no_colour_of_the_mode(mode, fill):
+    for p in 0, 1:
+        with pytest.raises(ValueError, match=f'mode {mode} is fill=.* open all pictures in one mode'):
+            RandomWarp(9, fill=fill, p=p)(in_mode(mode))
+    with pytest.raises(ValueError, match='open all pictures in one mode'): warp(in_mode(mode), torch.eye(3), fill=fill)
+
+
+@pytest.mark.parametrize('matrix', [torch.zeros(3, 3), torch.full((3, 3), math.nan), rotation_matrix(math.nan, (4, 4)),
+                                    torch.eye(3) * math.inf, torch.eye(2), torch.zeros(2, 3), torch.eye(4)])
+def test_a_matrix_that_leads_nowhere(matrix):
+    with pytest.raises(ValueError, match=r'a matrix is \(3, 3\), of finite numbers'): warp(scene, matrix)
+
+
+def test_points_that_make_no_perspective():
+    square = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    for result, source in (square[:3], square), (square, square[:3]), (square * 2, square * 2), (square, square * 2), \
+            ([(0, 0), (1, 1), (2, 2), (0, 5)], square):
+        with pytest.raises(ValueError, match='four points each, no three of them on a line'):
+            perspective_matrix(result, source)
+
+
+def test_a_crop_that_does_not_fit_says_what_enlarges():
+    for kind in RandomCrop, CenterCrop:
+        with pytest.raises(ValueError, match='no 31 × 9 pixels in 30 × 40; RandomResizedCrop also enlarges'):
+            kind((31, 9))(scene)
+
+
+def test_sixteen_bits_are_not_said_to_become_rgb_by_convert():
+    with pytest.raises(ValueError, match="open_image.path, 'RGB'"): adjust(in_mode('I;16'), 1.5)
+    with pytest.raises(ValueError, match='cannot be adjusted'): ColorJitter(.5, p=0)(in_mode('I;16'))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 40), st.integers(1, 40), st.floats(.01, 1))
+def test_the_middle_is_the_largest_of_its_shape(width, height, wide, high, share):
+    image = Image.frombytes('L', (width, height), bytes(i * 7 % 251 for i in range(width * height)))
+    by = share * min(width / wide, height / high) / 2
+    box = [max(width / 2 - by * wide, 0), max(height / 2 - by * high, 0),
+           min(width / 2 + by * wide, width), min(height / 2 + by * high, height)]
+    ours = np.asarray(CenterResizedCrop((high, wide), share)(image), int)
+    assert np.abs(ours - np.asarray(image.resize((wide, high), BILINEAR, box), int)).max() <= 1
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_any_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for transform in [*TRANSFORMS, ColorJitter(.2, .2, .2, .1)]: assert transform(scene).mode == 'RGB'
+        assert psnr(torch.zeros(3), torch.ones(3), peak=1) == 0
+    finally: torch.set_default_dtype(before)
+
+
+def test_psnr_of_other_tensors():
+    for dtype in torch.bfloat16, torch.float16, torch.uint8, torch.int64:
+        assert psnr(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), peak=1) == 0
+    assert psnr(torch.zeros(3, requires_grad=True), torch.ones(3), peak=1) == 0
+    assert psnr(np.zeros(3), torch.ones(3), peak=1) == 0
+    assert psnr(in_mode('I;16'), in_mode('I;16')) == psnr(in_mode('1'), in_mode('1')) == math.inf
 
 
 def test_a_fixed_seed_replays_from_any_number_of_workers(tmp_path):
